@@ -1,0 +1,1 @@
+"""What producer and workers share: schema, settings, keys, scripts. Imports neither of them, and no engine."""

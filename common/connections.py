@@ -1,0 +1,85 @@
+"""`connect`: the one way to Redis, with time-outs, retries with backoff, and a look at how safe the server is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import QueueUnavailable
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+# Seconds to wait for one answer: longer than the longest blocking read (5 s) plus a server busy with a rewrite.
+SOCKET_TIMEOUT = 20.0
+
+# Seconds to wait for a connection.
+CONNECT_TIMEOUT = 5.0
+
+
+def connect(url: str) -> Redis:
+    """A client for `url`. Dropped connections are retried three times with backoff by redis-py itself.
+
+    Raises:
+        QueueUnavailable: the URL is malformed, or the server doesn't answer or refuses the credentials.
+    """
+    from redis import ConnectionPool, Redis
+    from redis.exceptions import RedisError
+
+    try:
+        client = Redis(connection_pool=ConnectionPool.from_url(url, **_options()))
+        client.ping()
+    except (RedisError, ValueError) as error:
+        raise QueueUnavailable(f"Redis at {without_password(url)}: {error}; set RQ_REDIS_URL or --url") from None
+    return client
+
+
+def sibling(client: Redis) -> Redis:
+    """A client of the same server as `client`, with connections and time-outs of its own."""
+    from redis import ConnectionPool, Redis
+
+    pool = client.connection_pool
+    options: dict[str, Any] = {**pool.connection_kwargs, **_options()}
+    for internal in ("maint_notifications_pool_handler", "maint_notifications_config", "event_dispatcher"):
+        options.pop(internal, None)
+    return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **options))
+
+
+def _options() -> dict[str, Any]:
+    from redis.backoff import ExponentialWithJitterBackoff
+    from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+    from redis.retry import Retry
+
+    return {
+        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+        "retry": Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), retries=3),
+        "retry_on_error": [ConnectionError, TimeoutError, BusyLoadingError],
+    }
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def durability_warnings(client: Redis) -> list[str]:
+    """What about the server could lose documents, one sentence each; empty if all is well or it won't tell."""
+    from redis.exceptions import RedisError
+
+    warnings = []
+    try:
+        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+        if policy != "noeviction":
+            warnings.append(f"Redis may evict queued documents: maxmemory-policy is {policy!r}; set it to 'noeviction'")
+        persistence = client.config_get("appendonly", "save")
+        if persistence.get("appendonly", "yes") != "yes":
+            snapshots = "only snapshots are on" if persistence.get("save") else "nothing is persisted"
+            warnings.append(
+                f"Redis loses documents when it restarts: appendonly is 'no' ({snapshots}); set appendonly yes"
+            )
+    except RedisError:  # CONFIG is often denied by ACL or renamed: no news is no warning
+        pass
+    return warnings

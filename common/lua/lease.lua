@@ -1,0 +1,86 @@
+#!lua flags=allow-oom
+-- Leases jobs from the head of the queue, the admission limits checked in the same step.
+-- KEYS 1 queue, 2 started (wip), 3 the worker's executions, 4 limits, 5 suspended
+-- ARGV 1 key prefix, 2 queue name, 3 worker, 4 model, 5 jobs wanted, 6 payload bytes at most, 7 lease ttl (s),
+--      8 stock grace (s), 9 fleet cap (0: none), 10 14 hexadecimal characters that no other call uses, 11 now (ISO),
+--      12 first position to look at, 13 positions to look at
+-- Returns { leased, unknown, gate, queue length, now (ms), next position }:
+--   leased   per job: id, execution, data, enqueued_ms or '', enqueued_at or '', attempts, result_ttl or '',
+--            failure_ttl or '', name of an RQ feature that isn't served or ''
+--   unknown  per job without a model (a plain RQ client's): id, data. It stays where it is: see adopt.lua
+--   gate     what bounds: 'open', 'suspended', 'worker', 'fleet'
+-- The execution id starts with the time and the order of leasing, so that what is handed back keeps its order.
+-- Keys of jobs are made here from ids found in the queue, so they can't be passed in KEYS.
+local prefix, queue_name, worker, model = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local want, max_bytes = tonumber(ARGV[5]), tonumber(ARGV[6])
+local first, scan = tonumber(ARGV[12]), tonumber(ARGV[13])
+local time = redis.call('TIME')
+local now_us = time[1] * 1000000 + time[2]
+local now = math.floor(now_us / 1000)
+local gate = 'open'
+if redis.call('EXISTS', KEYS[5]) == 1 then
+  want, gate = 0, 'suspended'
+else
+  local held = redis.call('HMGET', KEYS[4], 'max_in_flight', 'max_in_flight_fleet')
+  local room = tonumber(held[1]) and tonumber(held[1]) - redis.call('SCARD', KEYS[3])
+  if room and room < want then want, gate = room, 'worker' end
+  local caps = {tonumber(ARGV[9]), tonumber(held[2])}
+  for i = 1, 2 do
+    if caps[i] and caps[i] > 0 then
+      local left = caps[i] - redis.call('ZCARD', KEYS[2])
+      if left < want then want, gate = left, 'fleet' end
+    end
+  end
+end
+local leased, unknown, taken, bytes, position = {}, {}, 0, 0, first
+local expiry = now / 1000 + tonumber(ARGV[7]) + tonumber(ARGV[8])
+local ids = want > 0 and redis.call('LRANGE', KEYS[1], first, first + scan - 1) or {}
+local function take(id)
+  if position == 0 then redis.call('LPOP', KEYS[1]) else redis.call('LREM', KEYS[1], 1, id) end
+end
+for _, id in ipairs(ids) do
+  if taken >= want then break end
+  local key = prefix .. ':job:' .. id
+  local f = redis.call('HMGET', key, 'status', 'model', 'data', 'enqueued_ms', 'enqueued_at', 'attempts', 'result_ttl',
+    'failure_ttl', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
+    'dependency_ids', 'repeats_left', 'rate_limit_key')
+  if f[1] ~= 'queued' then
+    take(id)  -- cancelled, deleted or expired, or a second copy of an id that runs already
+  elseif not f[2] then
+    unknown[#unknown + 1] = id
+    unknown[#unknown + 1] = f[3] or ''
+    position = position + 1
+  elseif f[2] ~= model and f[2] ~= '*' then
+    position = position + 1
+  else
+    bytes = bytes + #(f[3] or '')
+    if taken > 0 and bytes > max_bytes then break end
+    take(id)
+    local refused = ''
+    for i, name in ipairs({'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}) do
+      if f[8 + i] and f[8 + i] ~= '' then refused = name end
+    end
+    local execution = string.format('%014x%04x', now_us, taken) .. ARGV[10]
+    local member = id .. ':' .. execution
+    local attempts = redis.call('HINCRBY', key, 'attempts', 1)
+    redis.call('HSET', key, 'status', 'started', 'started_at', ARGV[11], 'last_heartbeat', ARGV[11], 'worker_name', worker)
+    redis.call('PERSIST', key)
+    redis.call('ZADD', KEYS[2], expiry, member)
+    redis.call('HSET', prefix .. ':execution:' .. member, 'id', execution, 'job_id', id, 'created_at', now / 1000,
+      'last_heartbeat', now / 1000, 'worker_name', worker)
+    redis.call('EXPIRE', prefix .. ':execution:' .. member, 86400)
+    redis.call('ZADD', prefix .. ':executions:' .. id, now / 1000 + 86400, execution)
+    redis.call('EXPIRE', prefix .. ':executions:' .. id, 86400)
+    redis.call('SADD', KEYS[3], member)
+    taken = taken + 1
+    for _, value in ipairs({id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}) do
+      leased[#leased + 1] = value
+    end
+  end
+end
+local length = redis.call('LLEN', KEYS[1])
+if taken > 0 then
+  redis.call('EXPIRE', KEYS[3], 86400)
+  if length > 0 and gate ~= 'fleet' then wake(prefix, queue_name, model) end
+end
+return {leased, unknown, gate, length, now, position}

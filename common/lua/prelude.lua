@@ -1,0 +1,54 @@
+-- Put before the body of every script (Redis scripts can't import). Only functions; no keys are touched here.
+
+-- Milliseconds since the epoch by this server's clock: the only clock that judges leases.
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- The "id" of a lease member "id:execution".
+local function job_of(member)
+  return string.sub(member, 1, string.find(member, ':', 1, true) - 1)
+end
+
+local function execution_of(member)
+  return string.sub(member, string.find(member, ':', 1, true) + 1)
+end
+
+-- Removes every trace of a lease. Returns 1 if it was held, 0 if it had been lost: this ZREM is the fence.
+local function drop_lease(prefix, started, member, worker)
+  local held = redis.call('ZREM', started, member)
+  redis.call('DEL', prefix .. ':execution:' .. member)
+  redis.call('ZREM', prefix .. ':executions:' .. job_of(member), execution_of(member))
+  if worker then redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', member) end
+  return held
+end
+
+-- Leaves one token for the idle workers of a model; a worker that takes work and leaves some passes it on.
+local function wake(prefix, queue_name, model)
+  local key = prefix .. ':ingest:wake:' .. queue_name .. ':' .. string.sub(redis.sha1hex(model), 1, 16)
+  if redis.call('LLEN', key) == 0 then
+    redis.call('LPUSH', key, '1')
+    redis.call('EXPIRE', key, 3600)
+  end
+end
+
+-- Tells a job's groups (space-separated ids) that it is terminal. An expired group stays away.
+local function announce(prefix, groups, id)
+  for group in string.gmatch(groups or '', '%S+') do
+    local key = prefix .. ':ingest:group:' .. group
+    local ttl = redis.call('HGET', key, 'ttl')
+    if ttl then
+      redis.call('XADD', key .. ':done', '*', 'j', id)
+      for _, suffix in ipairs({'', ':members', ':done'}) do redis.call('EXPIRE', key .. suffix, ttl) end
+    end
+  end
+end
+
+local function without_group(groups, group)
+  local kept = {}
+  for other in string.gmatch(groups or '', '%S+') do
+    if other ~= group then kept[#kept + 1] = other end
+  end
+  return table.concat(kept, ' ')
+end

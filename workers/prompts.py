@@ -1,0 +1,125 @@
+"""From a leased job to the prompt that the engine runs: parse, encode, check against the model's context."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Literal
+
+import orjson
+from pydantic import ValidationError
+
+from ..common.errors import InvalidJob, PromptEmpty, PromptTooLong
+from ..common.schema import FUNCTION_NAME, IngestRequest, Sampling
+from ..common.scripts import LeasedJob
+from .engines.base import Engine, Prompt
+
+# A payload is inflated to this many bytes at most: a zlib bomb holds 512 MiB in 509 KiB.
+MAX_PAYLOAD_BYTES = 32 * 1024 * 1024
+
+# zlib's header byte for the window that RQ uses; JSON can't start with it.
+_ZLIB_MAGIC = b"\x78"
+
+# The model of a job that is not a valid request: any worker may lease it, in order to fail it with its reason.
+ANY_MODEL = "*"
+
+
+def parse_request(job: LeasedJob) -> IngestRequest:
+    """The request in a job.
+
+    Raises:
+        InvalidJob: another function, other arguments, an unknown field, or an RQ feature that isn't served.
+    """
+    if job.refused:
+        raise InvalidJob(f"job {job.job_id}: RQ's {job.refused!r} is not served by BatchWorker; enqueue without it")
+    try:
+        return IngestRequest.model_validate(_argument(job.data))
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
+        raise InvalidJob(f"job {job.job_id}: not a valid IngestRequest: {reasons}") from None
+
+
+def model_of(data: bytes) -> str:
+    """The model that a payload asks for, or ANY_MODEL if it can't be told."""
+    try:
+        model = _argument(data)["model"]
+    except (InvalidJob, KeyError):
+        return ANY_MODEL
+    return model if isinstance(model, str) and model else ANY_MODEL
+
+
+def _argument(data: bytes) -> dict[str, Any]:
+    """The one argument of the one function that a job may call."""
+    try:
+        call = orjson.loads(_inflated(data))
+    except (ValueError, zlib.error):
+        raise InvalidJob("the payload is not JSON; enqueue with serializer=JSONSerializer") from None
+    if not (isinstance(call, list) and len(call) == 4):
+        raise InvalidJob("the payload is not RQ's [function, instance, args, kwargs]")
+    function, instance, args, kwargs = call
+    if function != FUNCTION_NAME or instance is not None:
+        raise InvalidJob(
+            f"function {str(function)[:100]!r} is not served here; this worker runs {FUNCTION_NAME!r} only"
+        )
+    if not (isinstance(args, list) and len(args) == 1 and isinstance(args[0], dict) and not kwargs):
+        raise InvalidJob(f"{FUNCTION_NAME!r} takes one argument, the request as a JSON object")
+    return args[0]
+
+
+def _inflated(data: bytes) -> bytes:
+    if not data.startswith(_ZLIB_MAGIC):
+        return data
+    inflater = zlib.decompressobj()
+    plain = inflater.decompress(data, MAX_PAYLOAD_BYTES)
+    if inflater.unconsumed_tail:
+        raise InvalidJob(f"the payload inflates to more than {MAX_PAYLOAD_BYTES} bytes")
+    return plain
+
+
+def build_prompt(
+    request: IngestRequest, prompt_id: str, engine: Engine, over_length: Literal["refuse", "clamp"]
+) -> Prompt:
+    """The prompt of a request, sure to fit the model's context.
+
+    Raises:
+        PromptEmpty: it has no tokens.
+        PromptTooLong: it doesn't fit, with the output that was asked for.
+        PromptRefused: a chat prompt for a model without a chat template.
+    """
+    token_ids = _encode(request, engine)
+    sampling = fit(request.sampling, len(token_ids), engine.card.max_model_len, over_length)
+    return Prompt(prompt_id=prompt_id, token_ids=token_ids, sampling=sampling)
+
+
+def _encode(request: IngestRequest, engine: Engine) -> list[int]:
+    if request.chat:
+        user = "\n\n".join(part for part in (request.instruction, request.text) if part)
+        return engine.encode_chat(request.system, user)
+    return engine.encode("\n\n".join(part for part in (request.system, request.instruction, request.text) if part))
+
+
+def fit(
+    sampling: Sampling, num_prompt_tokens: int, max_model_len: int, over_length: Literal["refuse", "clamp"]
+) -> Sampling:
+    """Sampling whose output fits behind the prompt; unchanged where it fits already. Never truncates silently.
+
+    Raises:
+        PromptEmpty, PromptTooLong: with the lengths and the bound.
+    """
+    room = max_model_len - num_prompt_tokens
+    if num_prompt_tokens == 0:
+        raise PromptEmpty("the prompt has no tokens; send a text that isn't empty")
+    if room < 1:
+        raise PromptTooLong(
+            f"prompt is {num_prompt_tokens} tokens, max_model_len is {max_model_len}, and at least one output token "
+            f"must fit; split the document or raise INGEST_ENGINE_MAX_MODEL_LEN"
+        )
+    if sampling.max_tokens <= room:
+        return sampling
+    if over_length == "refuse":
+        raise PromptTooLong(
+            f"prompt is {num_prompt_tokens} tokens and max_tokens {sampling.max_tokens}, together "
+            f"{num_prompt_tokens + sampling.max_tokens}, max_model_len is {max_model_len}; split the document, "
+            f"lower max_tokens, or set INGEST_OVER_LENGTH=clamp to shorten the output to what fits"
+        )
+    min_tokens = None if sampling.min_tokens is None else min(sampling.min_tokens, room)
+    return sampling.model_copy(update={"max_tokens": room, "min_tokens": min_tokens})
