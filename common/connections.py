@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import QueueUnavailable
 
 if TYPE_CHECKING:
     from redis import Redis
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Seconds to wait for one answer: longer than the longest blocking read (5 s) plus a server busy with a rewrite.
 SOCKET_TIMEOUT = 20.0
@@ -57,6 +63,37 @@ def _options() -> dict[str, Any]:
         "retry": Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), retries=3),
         "retry_on_error": [ConnectionError, TimeoutError, BusyLoadingError],
     }
+
+
+def persist(operation: Callable[[], T], *, patience: float | None) -> T:
+    """What `operation` returns; while the connection drops, it is called again with growing pauses.
+
+    Args:
+        operation: talks to Redis and is safe to repeat.
+        patience: seconds from now after which it isn't called again; None: never give up.
+
+    Raises:
+        QueueUnavailable: the connection stayed away that long, or Redis refused (credentials, memory, read-only).
+    """
+    from redis.exceptions import AuthenticationError, AuthorizationError, ConnectionError, RedisError, TimeoutError
+    from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_before_delay, stop_never
+    from tenacity.wait import wait_random_exponential
+
+    def dropped(error: BaseException) -> bool:
+        refused = isinstance(error, AuthenticationError | AuthorizationError)
+        return isinstance(error, ConnectionError | TimeoutError) and not refused
+
+    retrying = Retrying(
+        retry=retry_if_exception(dropped),
+        wait=wait_random_exponential(multiplier=0.1, max=5),
+        stop=stop_never if patience is None else stop_before_delay(patience),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
+    try:
+        return retrying(operation)
+    except RedisError as error:
+        raise QueueUnavailable(f"Redis: {error}") from error
 
 
 def without_password(url: str) -> str:

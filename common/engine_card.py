@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import keys
 
@@ -28,7 +28,7 @@ class EngineCard(BaseModel):
     # Digest of the tokenizer's vocabulary: equal ones count tokens alike.
     tokenizer_digest: str
     # Bytes of UTF-8 in the vocabulary's longest token: a text of n bytes has at least n / this many tokens.
-    max_token_bytes: int
+    max_token_bytes: int = Field(ge=1)
     # Prompt and output tokens of one document at most.
     max_model_len: int
     # Sequences that the engine runs at once.

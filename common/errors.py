@@ -14,12 +14,17 @@ class SettingsError(IngestqError):
 
 
 class RequestRefused(IngestqError):
-    """A request can't be accepted as it is; the message names the document, the value, the bound and the way out."""
+    """A request can't be accepted as it is; the message names the document, the value, the bound and the way out.
 
-    def __init__(self, document_id: str, reason: str) -> None:
+    Attributes:
+        accepted: job ids of the same call that are in Redis; neither this document nor those after it are.
+    """
+
+    def __init__(self, document_id: str, reason: str, accepted: Sequence[str] = ()) -> None:
         super().__init__(f"document {document_id!r}: {reason}")
         self.document_id = document_id
         self.reason = reason
+        self.accepted = list(accepted)
 
 
 class QueueUnavailable(IngestqError):

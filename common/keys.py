@@ -31,7 +31,7 @@ Ours:
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from hashlib import sha1
 
 from .settings import key_prefix
 
@@ -101,7 +101,8 @@ def engines(name: str) -> str:
 
 
 def wake(name: str, model: str) -> str:
-    return f"{wake_prefix(name)}{blake2b(model.encode(), digest_size=8).hexdigest()}"
+    # As in prelude.lua, which has no other digest.
+    return f"{wake_prefix(name)}{sha1(model.encode(), usedforsecurity=False).hexdigest()[:16]}"
 
 
 def wake_prefix(name: str) -> str:

@@ -339,13 +339,13 @@ def promote(connection: Redis, queue: str) -> int:
     )
 
 
-def touch_group(connection: Redis, group_id: str, *, queue: str, group_ttl: int, seal: bool = False) -> None:
-    """Says that the producer of a group is alive; `seal` says that it is done."""
+def touch_group(connection: Redis, group_id: str, *, queue: str, group_ttl: int, seal: bool | None = None) -> None:
+    """Says that the producer of a group is alive; `seal` that it is done (True) or has more to come (False)."""
     _run(
         connection,
         "touch_group",
         [keys.group(group_id), keys.group_members(group_id), keys.group_done(group_id)],
-        [queue, group_ttl, int(seal)],
+        [queue, group_ttl, "" if seal is None else int(seal)],
     )
 
 
@@ -382,13 +382,17 @@ class FetchedJob:
     exception: str | None
     worker: str | None
     attempts: int
-    # Payload of a cancelled job.
+    # Payload of a job that ended without a return value.
     data: bytes
 
 
 def fetch(connection: Redis, job_ids: Sequence[str], *, group_id: str = "") -> list[FetchedJob]:
     """Where jobs stand, with the newest result of each, in the order given. One round trip."""
-    flat = _run(connection, "fetch", [], [key_prefix(), group_id, *job_ids])
+    source, _ = _script("fetch")
+    with connection.pipeline(transaction=False) as pipeline:
+        for start in range(0, len(job_ids), CHUNK):  # EVAL: in a pipeline, a script that isn't loaded is seen too late
+            pipeline.eval(source, 0, key_prefix(), group_id, *job_ids[start : start + CHUNK])
+        flat = [value for reply in pipeline.execute() for value in reply]
     return [_fetched(job_id, flat[9 * i : 9 * i + 9]) for i, job_id in enumerate(job_ids)]
 
 

@@ -120,7 +120,9 @@ def nearest(name: str, known: list[str]) -> str:
 def _field_of(variable: str) -> str:
     known = variables()
     if variable not in known:
-        raise SettingsError(f"{variable} is not a setting; {nearest(variable, list(known))}")
+        # The one whose name is RQ's.
+        hint = "did you mean RQ_REDIS_URL?" if variable == "INGEST_REDIS_URL" else nearest(variable, list(known))
+        raise SettingsError(f"{variable} is not a setting; {hint}")
     return known[variable]
 
 

@@ -222,7 +222,7 @@ def _json_row(line: bytes, place: str) -> Row | RequestRefused:
     document_id = row.pop("id", row.pop("document_id", place))
     row["document_id"] = str(document_id) if type(document_id) is int else document_id
     if wrong := [name for name, value in row.items() if not isinstance(value, str)]:
-        return RequestRefused(place, f"{', '.join(wrong)} must be strings")
+        return RequestRefused(place, f"not a string: {', '.join(wrong)}")
     return row if "text" in row else RequestRefused(place, "has no field text")
 
 

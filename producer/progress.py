@@ -59,7 +59,8 @@ def _bar(label: str) -> Iterator[Report]:
 
 @contextmanager
 def _lines(label: str) -> Iterator[Report]:
-    start, state, ended = time.monotonic(), (0, None), threading.Event()
+    start, ended = time.monotonic(), threading.Event()
+    state: tuple[int, int | None] = (0, None)
 
     def report(done: int, total: int | None) -> None:
         nonlocal state

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -198,6 +199,7 @@ class BatchWorker(BaseWorker):
 
     def teardown(self) -> None:
         """Writes the results that are there, hands the rest back uncounted, and signs off."""
+        _ignore_further_signals()
         if self._courier:
             self._courier.close(_CLOSE_TIMEOUT)
         if self._housekeeper:
@@ -268,12 +270,20 @@ class BatchWorker(BaseWorker):
             self.log.warning("Worker %s: command %.40r was ignored", self.name, command)
 
 
+def _ignore_further_signals() -> None:
+    """An impatient third Ctrl-C must not interrupt the handing back, which takes at most seconds."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _log_where_rq_logs() -> None:
     """Sends ingestq's log lines where RQ's go: its command line sets up its own loggers only."""
     rq_logger, ours = logging.getLogger("rq.worker"), logging.getLogger("ingestq")
     if not ours.handlers and not logging.getLogger().handlers:
         ours.handlers = list(rq_logger.handlers)
         ours.setLevel(rq_logger.level)
+        ours.propagate = False
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Literal
@@ -49,13 +50,6 @@ class Completed:
 
 
 @dataclass(frozen=True, slots=True)
-class NotStarted:
-    """A prompt that never reached the engine, because the worker is shutting down."""
-
-    prompt_id: str
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     """RQ's stop-job or stop-execution command: of a job, or of one of its executions."""
 
@@ -70,7 +64,7 @@ class Lost:
     members: Sequence[str]
 
 
-Message = Completed | NotStarted | Stop | Lost
+Message = Completed | Stop | Lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +105,6 @@ class Courier:
         self._held: dict[str, _Held] = {}
         self._settling: dict[str, _Held] = {}
         self._unwritten: list[Finish] = []
-        self._returning: list[str] = []
         self._position = 0
         self._look: Literal["now", "soon", "idle"] = "now"
         self._lease_unsure = False
@@ -152,7 +145,10 @@ class Courier:
         return self._jobs_left == 0 and not self.in_flight
 
     def stop_leasing(self) -> None:
-        """From now on only results are written: the beginning of a warm shutdown."""
+        """From now on only results are written, and what isn't in the engine goes back: a warm shutdown begins.
+
+        The engine's loop must not take from `inbox` after this.
+        """
         self._leasing = False
 
     def close(self, timeout: float) -> None:
@@ -234,8 +230,6 @@ class Courier:
             case Completed(prompt_id, outcome):
                 if held := self._held.get(prompt_id):
                     self._settle(self._finish(held, outcome))
-            case NotStarted(prompt_id):
-                self._returning.append(prompt_id)
             case Stop():
                 self._stop(message)
             case Lost(members):
@@ -261,7 +255,7 @@ class Courier:
         self._unwritten.append(item)
 
     def _write(self) -> None:
-        """Writes what is finished and hands back what won't be started; keeps it all if Redis is away."""
+        """Writes what is finished; keeps it if Redis is away."""
         while self._unwritten:
             part = _head(self._unwritten)
             outcomes = scripts.finish(
@@ -282,9 +276,6 @@ class Courier:
                         extra={"action": "fenced", "job_id": item.job.job_id},
                     )
             self._look = "now"
-        if self._returning:
-            self._hand_back([self._held[prompt_id] for prompt_id in self._returning if prompt_id in self._held])
-            self._returning.clear()
 
     def _finish(self, held: _Held, outcome: Completion | DocumentError) -> Finish:
         """The row of a document that the engine finished, failed or refused."""
@@ -353,6 +344,8 @@ class Courier:
         """Leases what is admitted and readies it for the engine."""
         if self._lease_unsure:
             self._give_up_unknown_leases()
+        if not self._leasing:
+            self._hand_back_unstarted()
         want = self._room
         if want == 0:
             self._look = "idle"
@@ -401,25 +394,34 @@ class Courier:
 
     # --- handing back
 
+    def _hand_back_unstarted(self) -> None:
+        """In one go, so that they keep their order: this thread alone reads the inbox now."""
+        unstarted = []
+        with suppress(Empty):
+            while True:
+                unstarted.append(self.inbox.get_nowait().prompt_id)
+        self._hand_back([self._held[prompt_id] for prompt_id in unstarted if prompt_id in self._held])
+
     def _give_up_unknown_leases(self) -> None:
         """Hands back leases whose reply was lost with the connection: nobody would run them."""
         known = set(self.members)
         raw = self._connection.smembers(keys.worker_executions(self._worker))
-        self._hand_back_members(sorted({member.decode() for member in raw} - known))
+        self._hand_back_members([member.decode() for member in raw if member.decode() not in known])
         self._lease_unsure = False
 
     def _hand_back_all(self) -> None:
         self._hand_back(list(self._held.values()))
         self._give_up_unknown_leases()
 
-    def _hand_back(self, leases: Iterable[_Held]) -> None:
-        leases = list(leases)
+    def _hand_back(self, leases: Sequence[_Held]) -> None:
         self._hand_back_members([held.job.member for held in leases])
         for held in leases:
             self._held.pop(held.job.execution_id, None)
 
     def _hand_back_members(self, members: list[str]) -> None:
-        # Last leased first: each call puts its jobs in front of those of the calls before it.
+        # Last leased first: each call puts its jobs in front of those of the calls before it. An execution id begins
+        # with the time of its lease.
+        members = sorted(members, key=lambda member: member.partition(":")[2])
         for end in range(len(members), 0, -scripts.CHUNK):
             part = members[max(0, end - scripts.CHUNK) : end]
             returned = scripts.hand_back(

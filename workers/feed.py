@@ -7,12 +7,13 @@ courier's queues: no Redis, no tokenizer, no lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from ..common.errors import DocumentError
-from .courier import Completed, Courier, NotStarted
+from .courier import Completed, Courier
 from .engines.base import Engine, Prompt
 
 T = TypeVar("T")
@@ -28,25 +29,23 @@ def feed_continuously(engine: Engine, courier: Courier, first: Prompt, stopping:
 
     Args:
         first: the prompt that ended the wait.
-        stopping: whether a warm shutdown has begun; prompts that have not reached the engine then go back.
+        stopping: whether a warm shutdown has begun: what the engine has is finished, nothing is added.
     """
-    _add(engine, courier, first, stopping())
+    _add(engine, courier, [first])
     while True:
-        for prompt_id in _drained(courier.aborts):
-            engine.abort([prompt_id])
-        for prompt in _drained(courier.inbox):
-            _add(engine, courier, prompt, stopping())
+        if aborted := _drained(courier.aborts):
+            engine.abort(aborted)
+        if not stopping():
+            _add(engine, courier, _drained(courier.inbox))
         if engine.has_unfinished():
             for completion in engine.step():
                 courier.post(Completed(completion.prompt_id, completion))
-        elif not courier.in_flight:
+        elif stopping() or not courier.in_flight:
             return
         else:
             # The last results are being written, or the next prompts encoded.
-            try:
-                _add(engine, courier, courier.inbox.get(timeout=_IDLE_WAIT), stopping())
-            except Empty:
-                continue
+            with suppress(Empty):
+                _add(engine, courier, [courier.inbox.get(timeout=_IDLE_WAIT)])
 
 
 def feed_waves(engine: Engine, courier: Courier, first: Prompt, stopping: Callable[[], bool]) -> None:
@@ -55,27 +54,23 @@ def feed_waves(engine: Engine, courier: Courier, first: Prompt, stopping: Callab
     Documents that are cancelled meanwhile run to the end of their wave; their results are fenced.
     """
     wave = [first]
-    while not (courier.full or stopping()):
+    while not courier.full and not stopping():
         wave += _drained(courier.inbox)
         time.sleep(_IDLE_WAIT)
-    wave += _drained(courier.inbox)
     if stopping():
-        for prompt in wave:
-            courier.post(NotStarted(prompt.prompt_id))
-        return
+        return  # the worker ends, and hands back what it holds
+    wave += _drained(courier.inbox)
     aborted = set(_drained(courier.aborts))
     for completion in engine.generate([prompt for prompt in wave if prompt.prompt_id not in aborted]):
         courier.post(Completed(completion.prompt_id, completion))
 
 
-def _add(engine: Engine, courier: Courier, prompt: Prompt, stopping: bool) -> None:
-    if stopping:
-        courier.post(NotStarted(prompt.prompt_id))
-        return
-    try:
-        engine.add_request(prompt)
-    except DocumentError as error:
-        courier.post(Completed(prompt.prompt_id, error))
+def _add(engine: Engine, courier: Courier, prompts: Iterable[Prompt]) -> None:
+    for prompt in prompts:
+        try:
+            engine.add_request(prompt)
+        except DocumentError as error:
+            courier.post(Completed(prompt.prompt_id, error))
 
 
 def _drained(queue: SimpleQueue[T]) -> list[T]:

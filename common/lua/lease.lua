@@ -24,12 +24,11 @@ else
   local held = redis.call('HMGET', KEYS[4], 'max_in_flight', 'max_in_flight_fleet')
   local room = tonumber(held[1]) and tonumber(held[1]) - redis.call('SCARD', KEYS[3])
   if room and room < want then want, gate = room, 'worker' end
-  local caps = {tonumber(ARGV[9]), tonumber(held[2])}
-  for i = 1, 2 do
-    if caps[i] and caps[i] > 0 then
-      local left = caps[i] - redis.call('ZCARD', KEYS[2])
-      if left < want then want, gate = left, 'fleet' end
-    end
+  local own, fleet = tonumber(ARGV[9]), tonumber(held[2])
+  if own > 0 then fleet = math.min(fleet or own, own) end
+  if fleet then
+    local left = fleet - redis.call('ZCARD', KEYS[2])
+    if left < want then want, gate = left, 'fleet' end
   end
 end
 local leased, unknown, taken, bytes, position = {}, {}, 0, 0, first

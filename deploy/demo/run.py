@@ -62,8 +62,7 @@ def main() -> int:
         try:
             rows, engine = _follow(group, environment, worker)
         finally:
-            worker.terminate()
-            worker.wait()
+            _end(worker)
         members = orjson.loads(_output(["ingestq", "status", group, "--json"], environment))["documents"]
         summary = _summary(rows, members, engine, server.url, time.monotonic() - start)
         all_well = summary["succeeded"] == summary["documents"] == summary["rows"] > 0
@@ -120,6 +119,15 @@ def _follow(
             rows.append(orjson.loads(line))
             _show_row(rows[-1])
     return rows, engine
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """Waits for a worker that ends by itself (--burst), not for ever."""
+    try:
+        worker.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        worker.kill()  # its rows, or their absence, are seen already
+        worker.wait()
 
 
 def _stop_if_worker_fails(worker: subprocess.Popen[bytes], results: subprocess.Popen[bytes]) -> None:

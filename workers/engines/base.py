@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ...common.engine_card import EngineCard
+from ...common.errors import PromptRefused
 from ...common.schema import Sampling
 
 
@@ -40,6 +41,21 @@ class Completion:
     ttft_ms: float
     run_ms: float
     error: str | None = None
+
+    @classmethod
+    def refused(cls, prompt: Prompt, error: PromptRefused) -> Completion:
+        """How a prompt ends that the engine never took."""
+        return cls(
+            prompt_id=prompt.prompt_id,
+            text="",
+            token_ids=(),
+            finish_reason="error",
+            num_prompt_tokens=len(prompt.token_ids),
+            num_cached_tokens=0,
+            ttft_ms=0.0,
+            run_ms=0.0,
+            error=str(error),
+        )
 
 
 class Engine(Protocol):

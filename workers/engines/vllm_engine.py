@@ -34,6 +34,10 @@ _UNDIGESTED_ARGS = ("model", "hf_token")
 # `max_token_bytes` of a tokenizer that drops text, so that no number of bytes has a least number of tokens.
 _NO_BYTE_BOUND = 1 << 30
 
+# Seconds for the engine's processes to end before they are killed. vLLM's own 5 s are what its core waits for its
+# workers (VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS), so that the core is often killed while it cleans up.
+_CLOSE_TIMEOUT = 15.0
+
 # Runs that tokenizers are known to shrink: whitespace stripped or merged, compatibility forms and combining marks
 # normalised, unknown characters fused.
 _SHRINKING = (" ", "\t", "\n", "\N{MATHEMATICAL BOLD CAPITAL A}", "\N{COMBINING GRAVE ACCENT}", "\ue000")
@@ -74,8 +78,9 @@ class VllmEngine:
         try:
             llm = vllm.LLM(**args)
             tokenizer = copy.deepcopy(llm.get_tokenizer())
-        except (ValueError, TypeError, OSError) as error:  # OSError: no such model
-            raise SettingsError(f"vLLM refuses its settings: {_one_line(error)}") from error
+        except (ValueError, TypeError, OSError, NotImplementedError) as error:  # OSError: no such model
+            shown = ", ".join(f"{name}={value!r}" for name, value in args.items() if name != "hf_token")
+            raise SettingsError(f"vLLM refuses its settings ({shown}): {_one_line(error)}") from error
         return cls(llm, _card(settings, args, llm, tokenizer), tokenizer)
 
     @property
@@ -86,10 +91,10 @@ class VllmEngine:
         return list(self._tokenizer.encode(text))
 
     def encode_chat(self, system: str | None, user: str) -> list[int]:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": user})
         from jinja2 import TemplateError
 
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": user})
         try:
             # return_dict: transformers 5 otherwise returns a BatchEncoding. The template brings its own BOS, and
             # tokenizing in the same call adds no second one.
@@ -102,9 +107,7 @@ class VllmEngine:
 
     def add_request(self, prompt: Prompt) -> None:
         try:
-            self._engine.add_request(
-                prompt.prompt_id, {"prompt_token_ids": list(prompt.token_ids)}, self._params(prompt.sampling)
-            )
+            self._engine.add_request(prompt.prompt_id, _input(prompt), self._params(prompt.sampling))
         except self._refusals as error:
             # vLLM checks before it keeps anything, but its front end keeps the prompt before its core does.
             self.abort([prompt.prompt_id])
@@ -130,9 +133,9 @@ class VllmEngine:
             try:
                 params.append(self._check(prompt))
             except PromptRefused as error:
-                completions.append(_refused(prompt, error))
+                completions.append(Completion.refused(prompt, error))
             else:
-                inputs.append({"prompt_token_ids": list(prompt.token_ids)})
+                inputs.append(_input(prompt))
                 completions.append(None)
         outputs = iter(self._llm.generate(inputs, params, use_tqdm=False) if inputs else ())
         return [
@@ -141,10 +144,10 @@ class VllmEngine:
         ]
 
     def close(self) -> None:
-        self._engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown(timeout=_CLOSE_TIMEOUT)
 
     def _params(self, sampling: Sampling) -> Any:
-        given = sampling.model_dump(exclude_none=True)
+        given = sampling.model_dump(mode="json", exclude_none=True)  # json: vLLM asserts that `stop` is a list
         return self._sampling_params(**given, output_kind=self._final_only)
 
     def _check(self, prompt: Prompt) -> Any:
@@ -152,10 +155,7 @@ class VllmEngine:
         try:
             params = self._params(prompt.sampling)
             self._engine.input_processor.process_inputs(
-                prompt.prompt_id,
-                {"prompt_token_ids": list(prompt.token_ids)},
-                params,
-                supported_tasks=self._engine.get_supported_tasks(),
+                prompt.prompt_id, _input(prompt), params, supported_tasks=self._engine.get_supported_tasks()
             )
         except self._refusals as error:
             raise PromptRefused(_one_line(error)) from error
@@ -167,7 +167,7 @@ def _set_environment(settings: Settings) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if settings.core == "own-process" else "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # A forked engine would inherit our connections and pipes and keep them open after we died.
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
@@ -177,14 +177,13 @@ def _engine_args(settings: Settings, known: list[str]) -> dict[str, Any]:
     Raises:
         SettingsError: no model, or arguments that are not vLLM's or not the user's to set; names each.
     """
-    variables = [f"INGEST_ENGINE_{name.upper()}" for name in known]
     problems = []
     for name in settings.engine_args:
         variable = f"INGEST_ENGINE_{name.upper()}"
         if name in _RESERVED_ARGS:
             problems.append(f"{variable}: {_RESERVED_ARGS[name]}")
         elif name not in known:
-            problems.append(f"{variable} is no engine argument of vLLM; {nearest(variable, variables)}")
+            problems.append(f"{variable} is no engine argument of vLLM; {nearest(name, known)}")
     if settings.model is None:
         problems.append("INGEST_MODEL is not set; set it to a local folder or a hub id")
     if problems:
@@ -231,6 +230,11 @@ def _digest(value: Any) -> str:
     return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
+def _input(prompt: Prompt) -> dict[str, Any]:
+    """vLLM's EngineInput: nothing is left to tokenize or render."""
+    return {"type": "token", "prompt_token_ids": list(prompt.token_ids)}
+
+
 def _completion(prompt_id: str, output: Any) -> Completion:
     """A finished `vllm.RequestOutput` of ours, which has one sequence and statistics."""
     sequence, metrics = output.outputs[0], output.metrics
@@ -247,20 +251,6 @@ def _completion(prompt_id: str, output: Any) -> Completion:
         ttft_ms=ttft * 1e3,
         run_ms=(ttft + metrics.last_token_ts - metrics.first_token_ts) * 1e3,
         error=f"vLLM ended the prompt with finish_reason {reason!r}" if failed else None,
-    )
-
-
-def _refused(prompt: Prompt, error: PromptRefused) -> Completion:
-    return Completion(
-        prompt_id=prompt.prompt_id,
-        text="",
-        token_ids=(),
-        finish_reason="error",
-        num_prompt_tokens=len(prompt.token_ids),
-        num_cached_tokens=0,
-        ttft_ms=0.0,
-        run_ms=0.0,
-        error=str(error),
     )
 
 

@@ -1,0 +1,327 @@
+"""What every engine promises (`ingestq.workers.engines.base.Engine`), checked on both implementations."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+# Read once, when torch and huggingface_hub are imported: one thread makes runs comparable, and nothing is downloaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from ingestq.common.errors import PromptRefused, SettingsError
+from ingestq.common.schema import Sampling
+from ingestq.common.settings import Settings
+from ingestq.workers.engines import load_engine
+from ingestq.workers.engines.base import Prompt
+
+MAX_MODEL_LEN = 512
+MAX_NUM_SEQS = 4
+VLLM_ARGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": MAX_NUM_SEQS,
+    "kv_cache_memory_bytes": 64 * 1024 * 1024,
+}
+TEXT = "In the beginning the queue was empty, and the engine moved upon the face of the deep. "
+
+
+def prompt_of(engine, name, text=TEXT, **sampling):
+    sampling = {"max_tokens": 16, **sampling}
+    return Prompt(prompt_id=name, token_ids=engine.encode(text), sampling=Sampling(**sampling))
+
+
+def prompts_of(engine, num_prompts=12):
+    """Prompts of different lengths, more than run at once."""
+    return [
+        prompt_of(engine, f"p{i}", f"{i}. {TEXT[: 8 + 7 * i]}", max_tokens=3 + 5 * i % 17) for i in range(num_prompts)
+    ]
+
+
+def drain(engine):
+    completions = []
+    while engine.has_unfinished():
+        completions += engine.step()
+    return completions
+
+
+def outcome(completion):
+    """What must not depend on how the engine was fed."""
+    return completion.prompt_id, completion.text, list(completion.token_ids), completion.finish_reason
+
+
+def outcomes(completions):
+    return sorted(map(outcome, completions))
+
+
+class EngineContract:
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left_behind(self, engine):
+        yield
+        assert not engine.has_unfinished()
+        assert engine.step() == []
+
+    def test_every_added_prompt_completes_exactly_once(self, engine):
+        prompts = prompts_of(engine)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        assert sorted(done.prompt_id for done in drain(engine)) == sorted(prompt.prompt_id for prompt in prompts)
+
+    def test_continuous_feeding_gives_the_outputs_of_generate(self, engine):
+        prompts = prompts_of(engine)
+        expected = engine.generate(prompts)
+        assert [done.prompt_id for done in expected] == [prompt.prompt_id for prompt in prompts]
+        waiting, in_flight, completions = list(prompts), 0, []
+        while waiting or in_flight:
+            while waiting and in_flight < MAX_NUM_SEQS + 1:
+                engine.add_request(waiting.pop())
+                in_flight += 1
+            finished = engine.step()
+            in_flight -= len(finished)
+            completions += finished
+        assert outcomes(completions) == outcomes(expected)
+
+    def test_usage_and_times_are_reported(self, engine):
+        prompts = prompts_of(engine)
+        for done, prompt in zip(engine.generate(prompts), prompts, strict=True):
+            assert done.num_prompt_tokens == len(prompt.token_ids)
+            assert 0 <= done.num_cached_tokens < done.num_prompt_tokens
+            assert 0 < done.ttft_ms <= done.run_ms
+            assert done.error is None
+
+    def test_max_tokens_ends_a_prompt_with_length(self, engine):
+        [done] = engine.generate([prompt_of(engine, "p", max_tokens=7, ignore_eos=True)])
+        assert len(done.token_ids) == 7
+        assert done.finish_reason == "length"
+
+    def test_output_is_cut_at_max_model_len(self, engine):
+        token_ids = (engine.encode(TEXT) * 100)[: MAX_MODEL_LEN - 2]
+        sampling = Sampling(max_tokens=50, ignore_eos=True)
+        [done] = engine.generate([Prompt(prompt_id="p", token_ids=token_ids, sampling=sampling)])
+        assert len(done.token_ids) == 2
+        assert done.finish_reason == "length"
+
+    def test_a_stop_string_ends_the_output_before_it(self, engine):
+        [whole] = engine.generate([prompt_of(engine, "p", ignore_eos=True)])
+        stop = whole.text[len(whole.text) // 2 :][:5]
+        [done] = engine.generate([prompt_of(engine, "p", ignore_eos=True, stop=[stop])])
+        assert done.finish_reason == "stop"
+        assert done.text == whole.text[: whole.text.index(stop)]
+        assert len(done.token_ids) < len(whole.token_ids)
+
+    @pytest.mark.parametrize(
+        ("num_tokens", "sampling"),
+        [(0, {}), (MAX_MODEL_LEN, {}), (MAX_MODEL_LEN + 1, {}), (5, {"min_tokens": 9, "max_tokens": 8})],
+        ids=["empty", "no room for output", "too long", "bad sampling"],
+    )
+    def test_a_prompt_that_cannot_run_is_refused_alone(self, engine, num_tokens, sampling):
+        token_ids = (engine.encode(TEXT) * 100)[:num_tokens]
+        bad = Prompt(prompt_id="bad", token_ids=token_ids, sampling=Sampling(**sampling))
+        with pytest.raises(PromptRefused) as refusal:
+            engine.add_request(bad)
+        assert "\n" not in str(refusal.value)
+        assert not engine.has_unfinished()
+
+        first, refused, last = engine.generate([prompt_of(engine, "first"), bad, prompt_of(engine, "last")])
+        assert (refused.prompt_id, refused.finish_reason, refused.error) == ("bad", "error", str(refusal.value))
+        assert (first.prompt_id, last.prompt_id) == ("first", "last")
+        assert first.text == last.text != ""
+
+    def test_a_token_outside_the_vocabulary_is_refused(self, engine):
+        for token in (-1, 2**32):
+            with pytest.raises(PromptRefused):
+                engine.add_request(Prompt(prompt_id="bad", token_ids=[token], sampling=Sampling()))
+
+    def test_aborted_prompts_have_no_completion_and_the_others_do(self, engine):
+        prompts = prompts_of(engine, 10)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        completions = engine.step()
+        # One that runs and one that waits.
+        engine.abort(["p2", "p9"])
+        completions += drain(engine)
+        assert sorted(done.prompt_id for done in completions) == [f"p{i}" for i in range(9) if i != 2]
+
+    def test_aborting_all_leaves_the_engine_idle_and_usable(self, engine):
+        for prompt in prompts_of(engine):
+            engine.add_request(prompt)
+        engine.step()
+        engine.abort([f"p{i}" for i in range(12)])
+        assert not engine.has_unfinished()
+        [done] = engine.generate([prompt_of(engine, "p0")])
+        assert done.finish_reason != "error"
+
+    def test_aborting_an_unknown_prompt_does_nothing(self, engine):
+        engine.abort(["never heard of"])
+        engine.add_request(prompt_of(engine, "p"))
+        engine.abort(["never heard of"])
+        assert [done.prompt_id for done in drain(engine)] == ["p"]
+
+    def test_a_finished_id_can_be_used_again(self, engine):
+        texts = []
+        for _ in range(2):
+            engine.add_request(prompt_of(engine, "p"))
+            texts += [done.text for done in drain(engine)]
+        assert texts[0] == texts[1]
+
+    def test_texts_are_encoded_in_another_thread_while_the_engine_steps(self, engine):
+        expected = engine.encode(TEXT), engine.encode_chat("Be brief.", TEXT)
+        baseline = outcomes(engine.generate(prompts_of(engine)))
+        done, seen = threading.Event(), []
+
+        def encode():
+            while not done.is_set():
+                seen.append((engine.encode(TEXT), engine.encode_chat("Be brief.", TEXT)) == expected)
+
+        thread = threading.Thread(target=encode)
+        for prompt in prompts_of(engine):
+            engine.add_request(prompt)
+        thread.start()
+        completions = drain(engine)
+        done.set()
+        thread.join()
+        assert outcomes(completions) == baseline
+        assert seen
+        assert all(seen)
+
+    def test_a_conversation_is_encoded_with_its_system_prompt(self, engine):
+        short, long = engine.encode_chat(None, TEXT), engine.encode_chat("Be brief.", TEXT)
+        assert all(isinstance(token, int) for token in long)
+        assert len(engine.encode(TEXT)) < len(short) < MAX_MODEL_LEN
+        assert short != long
+
+    @pytest.mark.parametrize("text", [TEXT, " " * 3000, "\n\n\t" * 900, "ﷺ" * 300, "=" * 3000, "<|im_start|>" * 200])
+    def test_a_text_has_no_fewer_tokens_than_its_bytes_over_max_token_bytes(self, engine, text):
+        assert len(engine.encode(text)) * engine.card.max_token_bytes >= len(text.encode())
+
+    def test_the_card_says_what_the_engine_is(self, engine):
+        card = engine.card
+        assert (card.model, card.max_model_len, card.max_num_seqs) == ("tiny", MAX_MODEL_LEN, MAX_NUM_SEQS)
+        assert card.over_length == "clamp"
+        assert card.tokenizer_digest
+        assert card.engine_digest
+
+
+class TestSimulatedEngine(EngineContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls):
+        engine = load_engine(
+            Settings(
+                engine="simulated",
+                model="tiny",
+                over_length="clamp",
+                engine_args={"time_scale": 0, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS},
+            )
+        )
+        yield engine
+        engine.close()
+
+
+@pytest.mark.vllm
+class TestVllmEngine(EngineContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def vllm_settings(cls):
+        pytest.importorskip("vllm")
+        from support.models import tiny_gemma4
+
+        return Settings(model=str(tiny_gemma4()), model_name="tiny", over_length="clamp", engine_args=VLLM_ARGS)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, vllm_settings):
+        engine = load_engine(vllm_settings)
+        yield engine
+        engine.close()
+
+    def test_unknown_arguments_are_refused_with_the_nearest_right_one(self, engine, vllm_settings):
+        wrong = vllm_settings.model_copy(update={"engine_args": {"max_num_seq": 4, "kv_cache_dtyp": "fp8"}})
+        with pytest.raises(SettingsError) as refusal:
+            load_engine(wrong)
+        assert "INGEST_ENGINE_MAX_NUM_SEQ " in str(refusal.value)
+        assert "did you mean max_num_seqs?" in str(refusal.value)
+        assert "did you mean kv_cache_dtype?" in str(refusal.value)
+
+    def test_an_argument_that_vllm_refuses_is_reported_in_one_line(self, engine, vllm_settings):
+        wrong = vllm_settings.model_copy(update={"engine_args": {"max_num_seqs": 64, "max_num_batched_tokens": 8}})
+        with pytest.raises(SettingsError, match=r"max_num_batched_tokens \(8\) must be greater") as refusal:
+            load_engine(wrong)
+        assert "\n" not in str(refusal.value)
+
+    def test_a_model_without_a_chat_template_refuses_conversations(self, engine, vllm_settings, monkeypatch):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(vllm_settings.model)
+        tokenizer.chat_template = None
+        monkeypatch.setattr(engine, "_tokenizer", tokenizer)
+        with pytest.raises(PromptRefused, match="chat template"):
+            engine.encode_chat(None, TEXT)
+
+    def test_the_prefix_cache_shows_in_the_usage(self, engine):
+        # Blocks are 128 tokens on CPU.
+        token_ids = (engine.encode(TEXT) * 100)[:300]
+        sampling = Sampling(max_tokens=2)
+        cached = []
+        for name in ("cold", "warm"):
+            [done] = engine.generate([Prompt(prompt_id=name, token_ids=token_ids, sampling=sampling)])
+            cached.append(done.num_cached_tokens)
+        assert cached[1] >= 128
+
+    @pytest.mark.slow
+    def test_an_engine_in_its_own_process_gives_the_same_and_leaves_no_process(self, engine, vllm_settings, tmp_path):
+        script = tmp_path / "own_process.py"
+        script.write_text(OWN_PROCESS)
+        settings = vllm_settings.model_copy(update={"core": "own-process"})
+        ran = subprocess.run(
+            [sys.executable, script, settings.model_dump_json()],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            start_new_session=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        report = json.loads(ran.stdout.splitlines()[-1])
+        assert report["engine_processes"]
+        assert report["engine_processes_after_close"] == []
+        prompts = prompts_of(engine)
+        expected = [list(outcome(done)) for done in engine.generate(prompts)]
+        assert report["generated"] == expected
+        assert sorted(report["fed"]) == sorted(expected)
+
+
+# Its engine processes import it again: hence the guard.
+OWN_PROCESS = f"""
+import json, sys
+sys.path[:0] = {[path for path in sys.path if path.endswith("tests")]!r}
+
+def main():
+    import psutil
+    from ingestq.common.settings import Settings
+    from ingestq.workers.engines import load_engine
+    from integration.test_engine_contract import drain, outcome, prompts_of
+
+    engine = load_engine(Settings.model_validate_json(sys.argv[1]))
+    children = psutil.Process().children(recursive=True)
+    processes = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    names = [child.name() for child in processes]
+    prompts = prompts_of(engine)
+    generated = engine.generate(prompts)
+    for prompt in prompts:
+        engine.add_request(prompt)
+    fed = drain(engine)
+    engine.close()
+    print(json.dumps({{
+        "engine_processes": names,
+        "engine_processes_after_close": [child.pid for child in processes if child.is_running()],
+        "generated": [outcome(done) for done in generated],
+        "fed": [outcome(done) for done in fed],
+    }}))
+
+if __name__ == "__main__":
+    main()
+"""

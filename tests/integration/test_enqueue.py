@@ -1,0 +1,641 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError
+from rq import Queue, Retry
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from ingestq.common import engine_card, keys, scripts
+from ingestq.common.embedded_server import EmbeddedServer
+from ingestq.common.engine_card import EngineCard
+from ingestq.common.errors import QueueUnavailable, RequestRefused, SettingsError, UnknownGroup
+from ingestq.common.schema import FUNCTION_NAME, IngestRequest, job_id
+from ingestq.common.serializer import OrjsonSerializer
+from ingestq.common.settings import Settings
+from ingestq.producer import IngestQueue
+from ingestq.producer.group import CancelCounts
+from support.hand_worker import document_of, drain, finish, lease, request
+from support.processes import wait_until
+
+
+@pytest.fixture
+def queue(redis: Redis) -> IngestQueue:
+    return IngestQueue("ingest", connection=redis, settings=Settings())
+
+
+def requests(*document_ids: str) -> list[IngestRequest]:
+    return [request(document_id) for document_id in document_ids]
+
+
+def queued(redis: Redis) -> list[str]:
+    return [entry.decode() for entry in redis.lrange(keys.queue("ingest"), 0, -1)]
+
+
+def card(model: str = "m", *, max_model_len: int = 100, over_length: str = "refuse") -> EngineCard:
+    return EngineCard(
+        model=model,
+        tokenizer_digest="t",
+        max_token_bytes=4,
+        max_model_len=max_model_len,
+        max_num_seqs=8,
+        device="simulated",
+        engine="simulated",
+        engine_digest="e",
+        over_length=over_length,
+    )
+
+
+# --- each once
+
+
+def test_documents_are_queued_in_their_order(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(requests("a", "b", "c"))
+
+    assert (group.num_enqueued, group.num_joined, group.num_finished) == (3, 0, 0)
+    assert queued(redis) == [job_id(item.to_json()) for item in requests("a", "b", "c")]
+    assert [document_of(job) for job in lease(redis)] == ["a", "b", "c"]
+
+
+def test_the_same_document_submitted_twice_runs_once(queue: IngestQueue, redis: Redis) -> None:
+    first = queue.enqueue_many(requests("a", "b"))
+    second = queue.enqueue_many(requests("b", "c"))
+
+    assert first.id != second.id
+    assert (second.num_enqueued, second.num_joined, second.joined) == (1, 1, ("b",))
+    assert len(queued(redis)) == 3
+    assert drain(redis) == ["a", "b", "c"]
+
+
+def test_a_repetition_within_one_call_runs_once(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(requests("a", "b", "a"))
+
+    assert (group.num_enqueued, group.num_joined, group.num_members) == (2, 1, 2)
+    assert len(queued(redis)) == 2
+
+
+def test_a_running_document_is_joined(queue: IngestQueue, redis: Redis) -> None:
+    queue.enqueue(request("a"))
+    lease(redis)
+
+    assert queue.enqueue(request("a")).outcome == "joined"
+    assert queued(redis) == []
+
+
+def test_a_finished_document_does_not_run_again(queue: IngestQueue, redis: Redis) -> None:
+    queue.enqueue_many(requests("a"))
+    drain(redis)
+
+    group = queue.enqueue_many(requests("a"))
+
+    assert (group.num_finished, group.joined) == (1, ("a",))
+    assert queue.enqueue(request("a")).outcome == "finished"
+    assert queued(redis) == []
+
+
+def end_as_failed(redis: Redis, queue: IngestQueue) -> None:
+    drain(redis, "F")
+
+
+def end_as_stopped(redis: Redis, queue: IngestQueue) -> None:
+    drain(redis, "X")
+
+
+def end_as_cancelled(redis: Redis, queue: IngestQueue) -> None:
+    queue.group("first").cancel()
+
+
+def end_as_expired(redis: Redis, queue: IngestQueue) -> None:
+    drain(redis)
+    name = job_id(request("a").to_json())
+    redis.delete(keys.job(name), keys.results(name))
+
+
+def end_with_its_result_gone(redis: Redis, queue: IngestQueue) -> None:
+    drain(redis)
+    redis.delete(keys.results(job_id(request("a").to_json())))
+
+
+def end_as_cancelled_by_stock_rq(redis: Redis, queue: IngestQueue) -> None:
+    Job.fetch(job_id(request("a").to_json()), connection=redis, serializer=OrjsonSerializer).cancel()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        end_as_failed,
+        end_as_stopped,
+        end_as_cancelled,
+        end_as_expired,
+        end_with_its_result_gone,
+        end_as_cancelled_by_stock_rq,
+    ],
+)
+def test_a_document_that_ended_without_a_good_row_runs_again(end, queue: IngestQueue, redis: Redis) -> None:
+    queue.enqueue_many(requests("a"), group_id="first")
+    end(redis, queue)
+
+    again = queue.enqueue_many(requests("a"), group_id="second")
+
+    assert again.num_enqueued == 1
+    assert drain(redis) == ["a"]
+    assert again.counts()["succeeded"] == 1
+    assert redis.zcard(keys.failed("ingest")) == redis.zcard(keys.canceled("ingest")) == 0
+
+
+def test_a_job_is_the_same_whoever_submits_it_at_the_same_time(queue: IngestQueue, redis: Redis) -> None:
+    documents = requests(*(f"d{i}" for i in range(600)))
+    groups = []
+    threads = [threading.Thread(target=lambda: groups.append(queue.enqueue_many(documents))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sum(group.num_enqueued for group in groups) == 600
+    assert len(queued(redis)) == 600
+
+
+# --- streaming
+
+
+def test_any_iterable_is_read_as_it_is_sent(queue: IngestQueue, redis: Redis) -> None:
+    in_redis = []
+
+    def source() -> Iterator[IngestRequest]:
+        for i in range(1000):
+            in_redis.append(redis.llen(keys.queue("ingest")))
+            yield request(f"d{i}")
+
+    progress: list[int] = []
+    group = queue.enqueue_many(source(), on_progress=progress.append)
+
+    assert group.num_enqueued == 1000
+    assert all(i - count <= scripts.CHUNK for i, count in enumerate(in_redis))
+    assert progress[-1] == 1000
+    assert progress == sorted(set(progress))
+
+
+def test_script_calls_are_cut_by_bytes(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(max_text_bytes=2**20))
+    progress: list[int] = []
+
+    queue.enqueue_many((request(f"d{i}", "x" * 400_000) for i in range(5)), on_progress=progress.append)
+
+    assert progress == [1, 2, 3, 4, 5]
+
+
+def test_a_slow_source_does_not_hold_its_documents_back(
+    queue: IngestQueue, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingestq.producer.queue._LINGER", 0.0)
+
+    def source() -> Iterator[IngestRequest]:
+        yield request("a")
+        wait_until(lambda: len(queued(redis)) == 1, "the first document is there before the second is made")
+        yield request("b")
+
+    assert queue.enqueue_many(source()).num_enqueued == 2
+
+
+def test_nothing_to_submit_gives_a_sealed_group(queue: IngestQueue) -> None:
+    group = queue.enqueue_many([])
+
+    assert group.is_sealed
+    assert group.num_members == 0
+
+
+def test_the_producer_shows_signs_of_life_while_its_source_is_slow(
+    queue: IngestQueue, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingestq.producer.queue._BEAT", 0.01)
+
+    def source() -> Iterator[IngestRequest]:
+        redis.hset(keys.group("g"), "seen_ms", 1)
+        wait_until(lambda: int(redis.hget(keys.group("g"), "seen_ms") or 0) > 1, "a sign of life")
+        assert not queue.group("g").is_sealed
+        yield request("a")
+
+    assert queue.enqueue_many(source(), group_id="g").is_sealed
+
+
+# --- groups
+
+
+def test_group_ids_are_readable_and_new(queue: IngestQueue) -> None:
+    ids = {queue.enqueue_many([]).id for _ in range(20)}
+
+    assert len(ids) == 20
+    assert all(group_id.startswith("ingest-2") for group_id in ids)
+
+
+def test_a_group_is_open_until_it_is_sealed(queue: IngestQueue) -> None:
+    group = queue.enqueue_many(requests("a"), group_id="g", seal=False)
+    assert not group.is_sealed
+
+    group.seal()
+    assert group.is_sealed
+
+    queue.enqueue_many(requests("b"), group_id="g", seal=False)
+    assert not group.is_sealed
+    assert group.num_members == 2
+
+
+def test_a_source_that_fails_leaves_its_group_open(queue: IngestQueue) -> None:
+    def source() -> Iterator[IngestRequest]:
+        yield from requests(*(f"d{i}" for i in range(200)))
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone") as raised:
+        queue.enqueue_many(source(), group_id="g")
+
+    assert raised.value.__notes__ == ["ingestq: 128 documents were accepted into group 'g', which is open"]
+    assert not queue.group("g").is_sealed
+    assert queue.enqueue_many(requests(*(f"d{i}" for i in range(200))), group_id="g").num_enqueued == 72
+
+
+def test_counts_say_where_every_member_stands(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(
+        requests("ok", "bad", "stopped", "gone", "running", "waiting", "cancelled"), group_id="g"
+    )
+    other = queue.enqueue_many(requests("cancelled"), group_id="other")
+    jobs = {document_of(job): job for job in lease(redis, 5)}
+    finish(redis, [jobs["ok"], jobs["gone"]])
+    finish(redis, [jobs["bad"]], "F")
+    finish(redis, [jobs["stopped"]], "X")
+    redis.delete(keys.job(jobs["gone"].job_id))
+    other.cancel()
+
+    expected = {"succeeded": 1, "failed": 1, "stopped": 1, "expired": 1, "running": 1, "scheduled": 0}
+    assert group.counts() == {**expected, "queued": 2, "cancelled": 0}
+    assert other.counts()["cancelled"] == 1
+
+
+def test_a_large_group_is_counted_in_parts(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(request(f"d{i}") for i in range(2001))
+
+    assert group.counts()["queued"] == group.num_members == 2001
+
+
+def test_cancelling_a_group_cancels_what_no_other_group_holds(queue: IngestQueue, redis: Redis) -> None:
+    first = queue.enqueue_many(requests("a", "both", "done"))
+    second = queue.enqueue_many(requests("both"))
+    done = [job for job in lease(redis) if document_of(job) == "done"]
+    finish(redis, done)
+
+    assert first.cancel() == CancelCounts(num_cancelled=1, num_left=1, num_terminal=1)
+    assert first.counts() == {**dict.fromkeys(first.counts(), 0), "cancelled": 2, "succeeded": 1}
+    assert second.counts()["running"] == 1
+
+
+def test_a_large_group_is_cancelled_in_parts(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(request(f"d{i}") for i in range(300))
+
+    assert group.cancel().num_cancelled == 300
+    assert lease(redis) == []
+
+
+def test_a_cancelled_running_document_can_not_write_its_row(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(requests("a"))
+    leased = lease(redis)
+
+    group.cancel()
+
+    assert finish(redis, leased) == ["fenced"]
+    assert group.counts()["cancelled"] == 1
+
+
+def test_an_unknown_group_is_named(queue: IngestQueue) -> None:
+    with pytest.raises(UnknownGroup, match="'nope' is not in Redis"):
+        queue.group("nope")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "ä", "x" * 129])
+def test_names_are_bounded(name: str, queue: IngestQueue, redis: Redis) -> None:
+    with pytest.raises(SettingsError, match="1 to 128"):
+        queue.enqueue_many([], group_id=name)
+    with pytest.raises(SettingsError, match="1 to 128"):
+        IngestQueue(name, connection=redis, settings=Settings())
+
+
+# --- bounds
+
+
+def test_a_text_over_the_bound_is_refused_with_both_numbers(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(max_text_bytes=100))
+
+    queue.enqueue(request("exactly", "ä" * 50))
+    with pytest.raises(RequestRefused, match="document 'over': the text has 102 bytes, the bound is 100; split it"):
+        queue.enqueue(request("over", "ä" * 51))
+
+
+def test_a_request_over_one_script_call_is_refused(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(max_text_bytes=16 * 2**20))
+
+    with pytest.raises(RequestRefused, match=r"has \d+ bytes as JSON, the bound is 4194304"):
+        queue.enqueue(request("a", "x" * 4 * 2**20))
+
+
+def test_a_text_that_is_not_unicode_is_refused(queue: IngestQueue) -> None:
+    with pytest.raises(RequestRefused, match="document 'a': a field is not Unicode text"):
+        queue.enqueue(request("a", "half a pair: \ud800"))
+
+
+def test_a_refused_document_stops_the_call_before_its_chunk_is_sent(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(max_text_bytes=1000))
+    documents = [request(f"d{i}") for i in range(150)]
+    documents.insert(140, request("bad", "x" * 1001))
+
+    with pytest.raises(RequestRefused) as raised:
+        queue.enqueue_many(documents, group_id="g")
+
+    assert raised.value.document_id == "bad"
+    assert raised.value.accepted == queued(redis) == [job_id(item.to_json()) for item in documents[:128]]
+    assert not queue.group("g").is_sealed
+    documents.pop(140)
+    completed = queue.enqueue_many(documents, group_id="g")
+    assert (completed.num_enqueued, completed.num_joined) == (22, 128)
+
+
+def test_on_refused_goes_on_without_the_bad_ones(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(max_text_bytes=100))
+    refused: list[str] = []
+
+    group = queue.enqueue_many(
+        [request("a"), request("bad", "x" * 101), request("b")],
+        on_refused=lambda error: refused.append(error.document_id),
+    )
+
+    assert (refused, group.num_enqueued, group.is_sealed) == (["bad"], 2, True)
+
+
+# --- engine cards
+
+
+def test_max_tokens_over_the_context_is_refused_with_both_numbers(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=100))
+
+    with pytest.raises(
+        RequestRefused, match=r"at least 101 tokens \(1 of prompt, 100 of output\), max_model_len is 100"
+    ):
+        queue.enqueue(request("a", "x", sampling={"max_tokens": 100}))
+
+
+def test_a_prompt_that_can_not_fit_is_refused_with_both_numbers(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=100))
+    fits = {"sampling": {"max_tokens": 10}, "instruction": "y" * 40}
+
+    queue.enqueue(request("fits", "x" * 320, **fits))
+    with pytest.raises(
+        RequestRefused, match=r"at least 101 tokens \(91 of prompt, 10 of output\), max_model_len is 100"
+    ):
+        queue.enqueue(request("over", "x" * 321, **fits))
+
+
+def test_white_space_that_a_template_strips_is_not_counted(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=100))
+
+    assert queue.enqueue(request("a", "x" + " " * 1000)).outcome == "enqueued"
+
+
+def test_an_engine_that_clamps_needs_room_for_one_output_token(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=100, over_length="clamp"))
+
+    queue.enqueue(request("a", "x" * 396, sampling={"max_tokens": 500}))
+    with pytest.raises(
+        RequestRefused, match=r"at least 101 tokens \(100 of prompt, 1 of output\), max_model_len is 100"
+    ):
+        queue.enqueue(request("b", "x" * 397))
+
+
+def test_one_engine_that_can_run_it_is_enough(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "small", card(max_model_len=100))
+    engine_card.publish(redis, "ingest", "large", card(max_model_len=1000))
+    engine_card.publish(redis, "ingest", "other", card("n", max_model_len=10_000))
+
+    queue.enqueue(request("a", "x" * 2000))
+    with pytest.raises(RequestRefused, match="max_model_len is 1000"):
+        queue.enqueue(request("b", "x" * 5000))
+
+
+def test_cards_of_dead_workers_and_of_other_queues_refuse_nothing(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "night", "w", card(max_model_len=100))
+    dead = card(max_model_len=100).model_copy(update={"published_at": redis.time()[0] - engine_card.CARD_TTL - 5.0})
+    redis.hset(keys.engines("ingest"), "dead", dead.model_dump_json())
+    redis.hset(keys.engines("ingest"), "broken", "{")
+
+    assert queue.enqueue(request("a", "x" * 5000)).outcome == "enqueued"
+
+
+def test_cards_are_read_anew_by_each_enqueue_many(queue: IngestQueue, redis: Redis) -> None:
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=100))
+    with pytest.raises(RequestRefused):
+        queue.enqueue_many([request("a", "x" * 5000)])
+    engine_card.publish(redis, "ingest", "w", card(max_model_len=10_000))
+
+    assert queue.enqueue_many([request("a", "x" * 5000)]).num_enqueued == 1
+
+
+def test_a_model_that_nobody_serves_is_accepted_with_one_warning(
+    queue: IngestQueue, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine_card.publish(redis, "ingest", "w", card("served"))
+
+    with caplog.at_level(logging.WARNING, "ingestq"):
+        assert queue.enqueue_many(requests("a", "b")).num_enqueued == 2
+        queue.enqueue(request("c"))
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "no live worker of queue 'ingest' serves model 'm'; they serve 'served'. Its documents wait for one that does"
+    ]
+
+
+# --- Redis in trouble
+
+
+def test_a_dropped_connection_is_healed(queue: IngestQueue, redis: Redis) -> None:
+    def source() -> Iterator[IngestRequest]:
+        for i in range(300):
+            if i % 100 == 50:
+                redis.connection_pool.disconnect()
+            yield request(f"d{i}")
+
+    assert queue.enqueue_many(source()).num_members == 300
+
+
+def test_a_restart_of_redis_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    with EmbeddedServer(directory=tmp_path, appendfsync="always") as server:
+        redis = Redis.from_url(server.url)
+        queue = IngestQueue("ingest", connection=redis, settings=Settings())
+
+        def source() -> Iterator[IngestRequest]:
+            for i in range(300):
+                if i == 200:
+                    server.kill()
+                    threading.Timer(0.5, server.start).start()
+                yield request(f"d{i}")
+
+        group = queue.enqueue_many(source())
+
+        assert group.num_members == 300
+        assert sorted(drain(redis)) == sorted(f"d{i}" for i in range(300))
+        redis.close()
+
+
+def test_when_redis_stays_away_the_error_says_what_was_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingestq.producer.queue.PATIENCE", 0.2)
+    with EmbeddedServer(directory=tmp_path, appendfsync="always") as server:
+        redis = Redis.from_url(server.url)
+        queue = IngestQueue("ingest", connection=redis, settings=Settings())
+        documents = [request(f"d{i}") for i in range(300)]
+
+        def source() -> Iterator[IngestRequest]:
+            for i, document in enumerate(documents):
+                if i == 200:
+                    server.kill()
+                yield document
+
+        with pytest.raises(
+            QueueUnavailable, match="128 documents were accepted before that; .* group_id='g'"
+        ) as raised:
+            queue.enqueue_many(source(), group_id="g")
+        server.start()
+
+        assert raised.value.accepted == [job_id(item.to_json()) for item in documents[:128]] == queued(redis)
+        completed = queue.enqueue_many(documents, group_id="g")
+        assert (completed.num_enqueued, completed.num_joined) == (172, 128)
+        redis.close()
+
+
+def test_a_full_redis_refuses_at_once_and_says_so(queue: IngestQueue, redis: Redis) -> None:
+    redis.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(QueueUnavailable, match="Redis: .*maxmemory.*; 0 documents were accepted"):
+            queue.enqueue_many(requests("a"))
+    finally:
+        redis.config_set("maxmemory", "0")
+
+
+def test_a_read_only_redis_refuses_at_once_and_says_so(queue: IngestQueue, redis: Redis) -> None:
+    redis.replicaof("127.0.0.1", "1")
+    try:
+        with pytest.raises(QueueUnavailable, match="read only replica"):
+            queue.enqueue(request("a"))
+    finally:
+        redis.replicaof("NO", "ONE")
+
+
+def test_a_wrong_password_is_not_tried_again(server: EmbeddedServer, redis: Redis) -> None:
+    stranger = Redis(port=server.port, username="nobody", password="wrong")
+    queue = IngestQueue("ingest", connection=stranger, settings=Settings())
+
+    with pytest.raises(QueueUnavailable, match="(?i)invalid username-password"):
+        queue.enqueue(request("a"))
+    assert not isinstance(ConnectionError(), QueueUnavailable)
+
+
+def test_a_client_that_decodes_responses_is_refused(server: EmbeddedServer) -> None:
+    with pytest.raises(SettingsError, match="decode_responses"):
+        IngestQueue("ingest", connection=Redis(port=server.port, decode_responses=True), settings=Settings())
+
+
+# --- RQ stays RQ
+
+
+@pytest.mark.parametrize("serializer", [OrjsonSerializer, JSONSerializer])
+def test_rq_reads_our_jobs(serializer, queue: IngestQueue, redis: Redis) -> None:
+    accepted = queue.enqueue(request("a"))
+
+    job = Job.fetch(accepted.job_id, connection=redis, serializer=serializer)
+
+    assert job.func_name == FUNCTION_NAME
+    assert job.args == [request("a").model_dump(mode="json", exclude_none=True)]
+    assert job.kwargs == {}
+    assert (job.get_status(), job.origin, job.description) == ("queued", "ingest", "a")
+    assert (job.result_ttl, job.failure_ttl) == (7 * 86400, 365 * 86400)
+    assert job.enqueued_at is not None
+
+
+@pytest.mark.parametrize("serializer", [OrjsonSerializer, JSONSerializer])
+def test_rq_reads_our_rows(serializer, queue: IngestQueue, redis: Redis) -> None:
+    accepted = queue.enqueue(request("a"))
+    drain(redis)
+
+    job = Job.fetch(accepted.job_id, connection=redis, serializer=serializer)
+    result = job.latest_result()
+
+    assert job.is_finished
+    assert result.return_value["text"] == "out"
+    assert job.args == []
+
+
+def test_rq_lists_our_queue(queue: IngestQueue, redis: Redis) -> None:
+    queue.enqueue_many(requests("a", "b"))
+
+    assert [each.name for each in Queue.all(connection=redis)] == ["ingest"]
+    assert Queue("ingest", connection=redis).count == 2
+
+
+def test_retry_is_kept_as_rq_keeps_it(queue: IngestQueue, redis: Redis) -> None:
+    accepted = queue.enqueue(request("a"), retry=Retry(max=3, interval=[1, 2, 4], enqueue_at_front=True))
+
+    job = Job.fetch(accepted.job_id, connection=redis, serializer=OrjsonSerializer)
+
+    assert (job.retries_left, job.retry_intervals, job.enqueue_at_front_on_retry) == (3, [1, 2, 4], True)
+
+
+def test_a_retry_runs_the_document_again(queue: IngestQueue, redis: Redis) -> None:
+    group = queue.enqueue_many(requests("a"), retry=Retry(max=1))
+
+    assert finish(redis, lease(redis), "F") == ["queued"]
+    assert group.counts()["queued"] == 1
+    assert finish(redis, lease(redis)) == ["finished"]
+
+
+def test_the_ttls_of_the_settings_are_the_jobs(redis: Redis) -> None:
+    queue = IngestQueue("ingest", connection=redis, settings=Settings(result_ttl=5, failure_ttl=6, group_ttl=77))
+    group = queue.enqueue_many(requests("a"))
+
+    leased = lease(redis)
+
+    assert (leased[0].result_ttl, leased[0].failure_ttl) == (5, 6)
+    assert 70 <= redis.ttl(keys.group(group.id)) <= 77
+    assert 70 <= redis.ttl(keys.group_members(group.id)) <= 77
+
+
+# --- the import
+
+
+def test_the_import_brings_no_engine_and_stands_beside_folders_of_the_same_name(tmp_path: Path) -> None:
+    for name in ("common", "workers", "producer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    code = """
+import sys, time
+import ingestq.producer
+print(time.process_time())
+from ingestq.producer import *
+print([name for name in ("vllm", "torch", "transformers", "rq", "rich", "click", "trafilatura") if name in sys.modules])
+print(IngestQueue.__name__, Group.__name__, fetch_results.__name__, iter_results.__name__, Status.SUCCEEDED)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert ended.stderr == ""
+    cpu, engines, names = ended.stdout.splitlines()
+    assert float(cpu) < 0.5
+    assert engines == "[]"
+    assert names == "IngestQueue Group fetch_results iter_results succeeded"

@@ -1,0 +1,89 @@
+"""Real processes for tests: workers through RQ's own command line, and waiting on conditions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+BIN = Path(sys.executable).parent
+
+# Seconds after which a condition that should come true at once counts as failed, on a slow and shared machine.
+PATIENCE = 60.0
+
+# An engine with a model of its own and no weights: for tests of the queue, not of inference.
+SIMULATED = {"INGEST_ENGINE": "simulated", "INGEST_MODEL": "sim"}
+
+
+def wait_until(condition: Callable[[], object], what: str, *, patience: float = PATIENCE) -> None:
+    """Returns as soon as `condition` holds; fails, naming `what`, if it doesn't."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {patience:g} s: {what}")
+        time.sleep(0.02)
+
+
+def environment(url: str, settings: Mapping[str, str] = {}) -> dict[str, str]:
+    """This process's environment without any INGEST_* of its own, plus `settings`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("INGEST_")}
+    return {**clean, "RQ_REDIS_URL": url, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
+
+
+def run(
+    *command: str, url: str, settings: Mapping[str, str] = {}, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """Runs an installed command (`rq`, `ingestq`) to its end."""
+    arguments = [str(BIN / command[0]), *command[1:]]
+    return subprocess.run(
+        arguments,
+        env=environment(url, settings),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+class WorkerProcess:
+    """`rq worker -w ingestq.workers.BatchWorker QUEUE`, started and, at the end, killed."""
+
+    def __init__(
+        self, url: str, folder: Path, *options: str, name: str, queue: str = "ingest", **settings: str
+    ) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self._command = [str(BIN / "rq"), "worker", "-w", "ingestq.workers.BatchWorker", "-n", name, *options, queue]
+        self._environment = environment(url, {**SIMULATED, **settings})
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
+        wait_until(lambda: "ready on" in self.output or self.process.poll() is not None, "the worker is ready")
+        return self
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        return self.process.wait(timeout=PATIENCE)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        if kind is not None:
+            print(self.output[-6000:])
