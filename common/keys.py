@@ -24,9 +24,9 @@ Ours:
 | {p}:ingest:limits:Q | hash | max_in_flight, max_in_flight_fleet | none | limits |
 | {p}:ingest:engines:Q | hash | worker name -> engine card (JSON) | one day | engine_card |
 | {p}:ingest:wake:Q:M | list | at most one token: work for model digest M waits | one hour | enqueue, lease, finish, hand_back |
-| {p}:ingest:group:G | hash | queue, created_ms, seen_ms, sealed_ms, next_rank, num_joined | group_ttl | enqueue, seal |
+| {p}:ingest:group:G | hash | queue, ttl, created_ms, seen_ms, sealed_ms, next_rank | group_ttl | enqueue, touch_group |
 | {p}:ingest:group:G:members | zset | "ID:DOCUMENT_ID", score: order of submission | group_ttl | enqueue |
-| {p}:ingest:group:G:done | stream | field j: id of a member that became terminal | group_ttl | enqueue, finish, hand_back, settle, cancel |
+| {p}:ingest:group:G:done | stream | field j: id of a member that became terminal; d: its document, where a reader's sweep found it | group_ttl | enqueue, finish, hand_back, cancel, iter_results |
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import keys
 from .errors import SettingsError
@@ -36,7 +36,7 @@ def read_limits(connection: Redis, queue: str) -> AdmissionLimits:
 
 def write_limits(connection: Redis, queue: str, limits: AdmissionLimits) -> None:
     """Replaces the limits of a queue; in force with the next lease of any worker."""
-    values = {name: value for name, value in asdict(limits).items() if value is not None}
+    values: dict[Any, int] = {name: value for name, value in asdict(limits).items() if value is not None}
     with connection.pipeline() as pipeline:
         pipeline.delete(keys.limits(queue))
         if values:

@@ -68,7 +68,7 @@ Exit codes:
   3  some documents have no result yet
   4  Redis can't be reached or refuses to write
   5  no such group
-  130  interrupted
+  130  interrupted; 141 if the reader of the output went away
 """
 
 _EXIT_CODE_OF: tuple[tuple[type[Exception], ExitCode], ...] = (

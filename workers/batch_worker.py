@@ -33,7 +33,7 @@ from ..common.settings import Settings
 from .courier import Courier, Stop
 from .drain import DrainController, default_max_in_flight
 from .engines import load_engine
-from .engines.base import Engine, Prompt
+from .engines.base import Engine
 from .feed import feed_continuously, feed_waves
 from .housekeeper import Housekeeper
 
@@ -85,13 +85,13 @@ class BatchWorker(BaseWorker):
 
     # --- RQ's life cycle
 
-    def work(self, *args: Any, max_jobs: int | None = None, with_scheduler: bool = False, **kwargs: Any) -> bool:
+    def work(self, *args: Any, **kwargs: Any) -> bool:
         """Works as RQ's `work` does. `max_jobs` counts documents; RQ's scheduler isn't needed for retries."""
-        self._max_jobs = max_jobs
-        if with_scheduler:
+        self._max_jobs = kwargs.pop("max_jobs", None)
+        if kwargs.pop("with_scheduler", False):
             logger.warning("--with-scheduler is left out: BatchWorker moves due retries into the queue itself")
         try:
-            return super().work(*args, max_jobs=None, **kwargs)
+            return super().work(*args, **kwargs)
         finally:
             self._end()
 
@@ -152,11 +152,11 @@ class BatchWorker(BaseWorker):
 
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
-    ) -> tuple[Prompt, Queue] | None:  # type: ignore[override]
+    ) -> tuple[Any, Queue] | None:
         """Waits for the first prompt that is ready for the engine.
 
         Returns:
-            It and the queue; None when a burst has emptied the queue, or after `max_idle_time` seconds.
+            The Prompt and the queue; None when a burst has emptied the queue, or after `max_idle_time` seconds.
         """
         courier = self._ready_courier()
         burst = timeout is None
@@ -176,8 +176,8 @@ class BatchWorker(BaseWorker):
             elif max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
                 return None
 
-    def execute_job(self, job: Prompt, queue: Queue) -> None:  # type: ignore[override]
-        """Runs the engine, beginning with the prompt `job`, until there is nothing left for it to do."""
+    def execute_job(self, job: Any, queue: Queue) -> None:
+        """Runs the engine, beginning with the Prompt `job`, until there is nothing left for it to do."""
         assert self._engine is not None
         self._show_state(WorkerStatus.BUSY)
         self.procline(f"Running documents of {queue.name}")

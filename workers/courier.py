@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Literal
+from typing import Literal, cast
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -405,8 +405,8 @@ class Courier:
     def _give_up_unknown_leases(self) -> None:
         """Hands back leases whose reply was lost with the connection: nobody would run them."""
         known = set(self.members)
-        raw = self._connection.smembers(keys.worker_executions(self._worker))
-        self._hand_back_members([member.decode() for member in raw if member.decode() not in known])
+        raw = cast(set[bytes], self._connection.smembers(keys.worker_executions(self._worker)))
+        self._hand_back_members([member for member in map(bytes.decode, raw) if member not in known])
         self._lease_unsure = False
 
     def _hand_back_all(self) -> None:

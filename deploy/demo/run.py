@@ -109,8 +109,8 @@ def _follow(
     _show(command)
     rows: list[dict[str, Any]] = []
     engine = None
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as results:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe) as results:
         assert results.stdout and results.stderr  # noqa: PT018  they are pipes
         threading.Thread(target=_stop_if_worker_fails, args=(worker, results), daemon=True).start()
         threading.Thread(target=_show_lines, args=(results.stderr,), daemon=True).start()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
-from support.jobs import statuses
-from support.models import tiny_gemma4
-from support.processes import run
 
 from ingestq.common import keys
 from ingestq.common.embedded_server import EmbeddedServer
+from support.jobs import statuses
+from support.models import tiny_gemma4
+from support.processes import run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -20,6 +20,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 import random
@@ -33,7 +34,6 @@ from typing import Any
 from passages import reference
 from redis import Redis
 from report import conclude, print_table
-from support.models import tiny_gemma4
 
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
@@ -43,6 +43,7 @@ from ingestq.producer.queue import IngestQueue
 from ingestq.workers.batch_worker import BatchWorker
 from ingestq.workers.engines.base import Completion, Prompt
 from ingestq.workers.engines.vllm_engine import VllmEngine
+from support.models import tiny_gemma4
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
 MODEL, QUEUE = "tiny-gemma4", "ingest"
