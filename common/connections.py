@@ -40,11 +40,16 @@ def connect(url: str) -> Redis:
 
 
 def sibling(client: Redis) -> Redis:
-    """A client of the same server as `client`, with connections and time-outs of its own."""
+    """A client of the same server as `client`, with connections and time-outs of its own, that retries nothing.
+
+    For callers that must know of every dropped connection: a lease call whose answer was lost has leased jobs.
+    """
     from redis import ConnectionPool, Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     pool = client.connection_pool
-    options: dict[str, Any] = {**pool.connection_kwargs, **_options()}
+    options: dict[str, Any] = {**pool.connection_kwargs, **_options(), "retry": Retry(NoBackoff(), 0)}
     for internal in ("maint_notifications_pool_handler", "maint_notifications_config", "event_dispatcher"):
         options.pop(internal, None)
     return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **options))

@@ -12,12 +12,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-# The name under which a job asks for this handler. It is a word on the worker's allow-list, never imported.
-FUNCTION_NAME = "ingestq.ingest"
-
-# What replaces the payload of a finished job: RQ can still read it, and it costs 30 bytes (DESIGN: payload stub).
-FINISHED_STUB = b'["ingestq.ingest",null,[],{}]'
-
 # 128 bits: 2**64 documents before a collision is likely. RQ allows [A-Za-z0-9_-] in a job id.
 _JOB_ID_BYTES = 16
 

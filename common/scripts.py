@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from . import keys
-from .schema import FINISHED_STUB
+from .payload import FINISHED_STUB
 from .settings import key_prefix
 
 if TYPE_CHECKING:

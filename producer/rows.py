@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import zlib
 
-import orjson
 from pydantic import ValidationError
 
+from ..common import payload
+from ..common.errors import InvalidJob
 from ..common.schema import IngestResult, Status
 from ..common.scripts import FetchedJob
 
@@ -19,9 +19,6 @@ _EXCEPTION = re.compile(r"(?:\w+\.)*(\w+)(?:: (.*))?")
 
 # Characters of a document id, or of the RQ description that stands for one.
 _MAX_DOCUMENT_ID = 512
-
-# A payload is inflated to this many bytes at most: a zlib bomb holds 512 MiB in 509 KiB.
-_MAX_PAYLOAD_BYTES = 32 * 1024 * 1024
 
 
 def terminal_row(job: FetchedJob, document_id: str | None = None) -> IngestResult | None:
@@ -100,8 +97,7 @@ def _expired(job: FetchedJob, document_id: str | None) -> IngestResult:
 def _document_of(job: FetchedJob) -> str:
     """The document's id; from the payload if it is there, because a plain RQ client's description is the whole call."""
     try:
-        call = zlib.decompressobj().decompress(job.data, _MAX_PAYLOAD_BYTES) if job.data[:1] == b"x" else job.data
-        document_id = str(orjson.loads(call)[2][0]["document_id"])
-    except (ValueError, zlib.error, LookupError, TypeError):
+        document_id = str(payload.argument(job.data)["document_id"])
+    except (InvalidJob, KeyError):
         document_id = job.description
     return document_id[:_MAX_DOCUMENT_ID]

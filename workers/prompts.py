@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import Any, Literal
+from typing import Literal
 
-import orjson
 from pydantic import ValidationError
 
+from ..common import payload
 from ..common.errors import InvalidJob, PromptEmpty, PromptTooLong
-from ..common.schema import FUNCTION_NAME, IngestRequest, Sampling
+from ..common.schema import IngestRequest, Sampling
 from ..common.scripts import LeasedJob
 from .engines.base import Engine, Prompt
-
-# A payload is inflated to this many bytes at most: a zlib bomb holds 512 MiB in 509 KiB.
-MAX_PAYLOAD_BYTES = 32 * 1024 * 1024
-
-# zlib's header byte for the window that RQ uses; JSON can't start with it.
-_ZLIB_MAGIC = b"\x78"
 
 # The model of a job that is not a valid request: any worker may lease it, in order to fail it with its reason.
 ANY_MODEL = "*"
@@ -32,7 +25,7 @@ def parse_request(job: LeasedJob) -> IngestRequest:
     if job.refused:
         raise InvalidJob(f"job {job.job_id}: RQ's {job.refused!r} is not served by BatchWorker; enqueue without it")
     try:
-        return IngestRequest.model_validate(_argument(job.data))
+        return IngestRequest.model_validate(payload.argument(job.data))
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
         raise InvalidJob(f"job {job.job_id}: not a valid IngestRequest: {reasons}") from None
@@ -41,38 +34,10 @@ def parse_request(job: LeasedJob) -> IngestRequest:
 def model_of(data: bytes) -> str:
     """The model that a payload asks for, or ANY_MODEL if it can't be told."""
     try:
-        model = _argument(data)["model"]
+        model = payload.argument(data)["model"]
     except (InvalidJob, KeyError):
         return ANY_MODEL
     return model if isinstance(model, str) and model else ANY_MODEL
-
-
-def _argument(data: bytes) -> dict[str, Any]:
-    """The one argument of the one function that a job may call."""
-    try:
-        call = orjson.loads(_inflated(data))
-    except (ValueError, zlib.error):
-        raise InvalidJob("the payload is not JSON; enqueue with serializer=JSONSerializer") from None
-    if not (isinstance(call, list) and len(call) == 4):
-        raise InvalidJob("the payload is not RQ's [function, instance, args, kwargs]")
-    function, instance, args, kwargs = call
-    if function != FUNCTION_NAME or instance is not None:
-        raise InvalidJob(
-            f"function {str(function)[:100]!r} is not served here; this worker runs {FUNCTION_NAME!r} only"
-        )
-    if not (isinstance(args, list) and len(args) == 1 and isinstance(args[0], dict) and not kwargs):
-        raise InvalidJob(f"{FUNCTION_NAME!r} takes one argument, the request as a JSON object")
-    return args[0]
-
-
-def _inflated(data: bytes) -> bytes:
-    if not data.startswith(_ZLIB_MAGIC):
-        return data
-    inflater = zlib.decompressobj()
-    plain = inflater.decompress(data, MAX_PAYLOAD_BYTES)
-    if inflater.unconsumed_tail:
-        raise InvalidJob(f"the payload inflates to more than {MAX_PAYLOAD_BYTES} bytes")
-    return plain
 
 
 def build_prompt(

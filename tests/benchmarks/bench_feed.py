@@ -35,12 +35,10 @@ from passages import reference
 from redis import Redis
 from report import conclude, print_table
 
-from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
-from ingestq.common.schema import IngestRequest, IngestResult, Sampling
 from ingestq.common.settings import Settings
-from ingestq.producer.queue import IngestQueue
-from ingestq.workers.batch_worker import BatchWorker
+from ingestq.producer import IngestQueue, IngestRequest, Sampling, iter_results
+from ingestq.workers import BatchWorker
 from ingestq.workers.engines.base import Completion, Prompt
 from ingestq.workers.engines.vllm_engine import VllmEngine
 from support.models import tiny_gemma4
@@ -203,15 +201,9 @@ def run_queue(engine: SharedEngine, requests: Sequence[IngestRequest], settings:
             steps=engine.steps,
             cpu=cpu,
             outputs=engine.outputs,
-            texts=texts_of_rows(client),
+            texts={row.document_id: row.text or "" for row in iter_results(group, timeout=60)},
             in_flight_max=engine.in_flight_max,
         )
-
-
-def texts_of_rows(client: Redis) -> dict[str, str]:
-    job_ids = [key.decode().removeprefix(keys.job_prefix()) for key in client.scan_iter(keys.job("*"), count=1000)]
-    rows = [IngestResult.model_validate_json(job.return_value or b"") for job in scripts.fetch(client, job_ids)]
-    return {row.document_id: row.text or "" for row in rows}
 
 
 # --- the comparison

@@ -19,7 +19,8 @@ from ingestq.common import engine_card, keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.engine_card import EngineCard
 from ingestq.common.errors import QueueUnavailable, RequestRefused, SettingsError, UnknownGroup
-from ingestq.common.schema import FUNCTION_NAME, IngestRequest, job_id
+from ingestq.common.payload import FUNCTION_NAME
+from ingestq.common.schema import IngestRequest, job_id
 from ingestq.common.serializer import OrjsonSerializer
 from ingestq.common.settings import Settings
 from ingestq.producer import IngestQueue

@@ -8,8 +8,8 @@ from typing import Any
 from redis import Redis
 from rq.job import Job
 
-from ingestq.common import scripts
-from ingestq.common.schema import FUNCTION_NAME, IngestRequest, IngestResult, Sampling, job_id
+from ingestq.common import payload, scripts
+from ingestq.common.schema import IngestRequest, IngestResult, Sampling, job_id
 from ingestq.common.scripts import FetchedJob, NewJob
 from ingestq.common.serializer import OrjsonSerializer
 
@@ -26,9 +26,10 @@ def request(number: int, *, model: str = "sim", max_tokens: int = 4, **fields: A
 
 
 def new_job(item: IngestRequest) -> NewJob:
-    payload = item.to_json()
-    data = b'["' + FUNCTION_NAME.encode() + b'",null,[' + payload + b"],{}]"
-    return NewJob(job_id=job_id(payload), data=data, document_id=item.document_id, model=item.model)
+    request_json = item.to_json()
+    return NewJob(
+        job_id=job_id(request_json), data=payload.encode(request_json), document_id=item.document_id, model=item.model
+    )
 
 
 def put(redis: Redis, requests: Sequence[IngestRequest], **options: Any) -> list[str]:

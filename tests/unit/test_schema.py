@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ingestq.common.schema import FINISHED_STUB, FUNCTION_NAME, IngestRequest, IngestResult, Sampling, Status, job_id
+from ingestq.common.payload import FINISHED_STUB, FUNCTION_NAME
+from ingestq.common.schema import IngestRequest, IngestResult, Sampling, Status, job_id
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=40)
