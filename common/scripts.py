@@ -99,9 +99,6 @@ def enqueue(
             [
                 keys.queue(queue),
                 keys.queues(),
-                keys.finished(queue),
-                keys.failed(queue),
-                keys.canceled(queue),
                 keys.group(group_id),
                 keys.group_members(group_id),
                 keys.group_done(group_id),

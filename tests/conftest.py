@@ -18,8 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(binary=request.config.getoption("--server")) as running:
+def server_binary(request: pytest.FixtureRequest) -> str | None:
+    """For tests that need a server of their own."""
+    binary: str | None = request.config.getoption("--server")
+    return binary
+
+
+@pytest.fixture(scope="session")
+def server(server_binary: str | None) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(server_binary) as running:
         yield running
 
 

@@ -1,6 +1,6 @@
 #!lua
 -- Puts a chunk of jobs into the queue and into a group, each job once.
--- KEYS 1 queue, 2 queues, 3 finished, 4 failed, 5 canceled, 6 group, 7 group members, 8 group done (6-8 unused without a group)
+-- KEYS 1 queue, 2 queues, 3 group, 4 group members, 5 group done (3-5 unused without a group)
 -- ARGV 1 key prefix, 2 queue name, 3 group id or '', 4 group ttl (s), 5 now (ISO, for display),
 --      6 result ttl (s), 7 failure ttl (s), 8 retries or '', 9 retry intervals (JSON) or '', 10 '1': retry at the front,
 --      then per job: id, data, document id, model
@@ -8,27 +8,37 @@
 local prefix, queue_name, group, group_ttl, iso = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local now, outcome, fresh, models = now_ms(), {}, {}, {}
 local rank = 0
-if group ~= '' then
-  if redis.call('HSETNX', KEYS[6], 'created_ms', now) == 1 then
-    redis.call('HSET', KEYS[6], 'queue', queue_name, 'ttl', group_ttl)
+
+-- Without the groups that have expired; a document that is submitted every hour would collect them for ever.
+local function living(groups)
+  local kept = {}
+  for other in string.gmatch(groups, '%S+') do
+    if redis.call('EXISTS', prefix .. ':ingest:group:' .. other) == 1 then kept[#kept + 1] = other end
   end
-  rank = tonumber(redis.call('HGET', KEYS[6], 'next_rank') or 0)
+  return table.concat(kept, ' ')
+end
+
+if group ~= '' then
+  if redis.call('HSETNX', KEYS[3], 'created_ms', now) == 1 then
+    redis.call('HSET', KEYS[3], 'queue', queue_name, 'ttl', group_ttl)
+  end
+  rank = tonumber(redis.call('HGET', KEYS[3], 'next_rank') or 0)
 end
 for i = 11, #ARGV, 4 do
   local id, data, document, model = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local key, results = prefix .. ':job:' .. id, prefix .. ':results:' .. id
-  local seen = redis.call('HMGET', key, 'status', 'groups')
+  local seen = redis.call('HMGET', key, 'status', 'groups', 'origin')
   local status, groups = seen[1], seen[2] or ''
   if group ~= '' then
-    rank = rank + redis.call('ZADD', KEYS[7], 'NX', rank + 1, id .. ':' .. document)
-    groups = without_group(groups, group)
+    rank = rank + redis.call('ZADD', KEYS[4], 'NX', rank + 1, id .. ':' .. document)
+    groups = without_group(#groups > 1000 and living(groups) or groups, group)
     groups = groups == '' and group or groups .. ' ' .. group
   end
   if status == 'finished' and redis.call('EXISTS', results) == 1 then
     outcome[#outcome + 1] = 3
     if group ~= '' then
       redis.call('HSET', key, 'groups', groups)
-      redis.call('XADD', KEYS[8], '*', 'j', id)
+      redis.call('XADD', KEYS[5], '*', 'j', id)
     end
   elseif status == 'queued' or status == 'started' or status == 'scheduled' or status == 'deferred' then
     outcome[#outcome + 1] = 2
@@ -38,7 +48,9 @@ for i = 11, #ARGV, 4 do
     outcome[#outcome + 1] = 1
     if status then
       redis.call('DEL', key, results)
-      for _, registry in ipairs({KEYS[3], KEYS[4], KEYS[5]}) do redis.call('ZREM', registry, id) end
+      for _, registry in ipairs({':finished:', ':failed:', ':canceled:'}) do
+        redis.call('ZREM', prefix .. registry .. (seen[3] or queue_name), id)
+      end
     end
     redis.call('HSET', key, 'data', data, 'status', 'queued', 'origin', queue_name, 'description', document,
       'created_at', iso, 'enqueued_at', iso, 'enqueued_ms', now, 'model', model,
@@ -55,7 +67,7 @@ if #fresh > 0 then
   for model in pairs(models) do wake(prefix, queue_name, model) end
 end
 if group ~= '' then
-  redis.call('HSET', KEYS[6], 'seen_ms', now, 'next_rank', rank)
-  for k = 6, 8 do redis.call('EXPIRE', KEYS[k], group_ttl) end
+  redis.call('HSET', KEYS[3], 'seen_ms', now, 'next_rank', rank)
+  for k = 3, 5 do redis.call('EXPIRE', KEYS[k], group_ttl) end
 end
 return outcome

@@ -188,9 +188,8 @@ def run_bare(engine: SharedEngine, requests: Sequence[IngestRequest]) -> Run:
 
 def run_queue(engine: SharedEngine, requests: Sequence[IngestRequest], settings: Settings) -> Run:
     with EmbeddedServer() as server, Redis.from_url(server.url) as client:
-        assert IngestQueue(QUEUE, connection=client, settings=settings).enqueue_many(requests).num_enqueued == len(
-            requests
-        )
+        group = IngestQueue(QUEUE, connection=client, settings=settings).enqueue_many(requests)
+        assert group.num_enqueued == len(requests)
         worker = SharedEngineWorker([QUEUE], connection=client, settings=settings)
         worker.engine = engine
         engine.begin(lambda: worker._courier.in_flight)
@@ -293,7 +292,7 @@ def main() -> int:
     engine = SharedEngine(VllmEngine.from_settings(settings))
     tokenizer = engine.llm.get_tokenizer()
     long = documents(tokenizer, 300, prompt_tokens=(50, 600), output_tokens=(8, 256))
-    short = documents(tokenizer, 1_200, prompt_tokens=(20, 80), output_tokens=(4, 24))
+    short = documents(tokenizer, 1_600, prompt_tokens=(20, 80), output_tokens=(4, 24))
     run_bare(engine, long[:64])  # warm-up
     figures = {"engine": "vllm", "repeats": REPEATS, **compare(engine, long, settings)}
     figures |= compare_1024(engine, short, settings)

@@ -364,15 +364,14 @@ def test_a_late_result_is_fenced(redis: Redis) -> None:
     assert [result.return_value for result in rq_job(redis, job_ids[0]).results()] == ["current"]
 
 
-def test_the_worker_outlives_a_restart_of_redis(tmp_path: Path) -> None:
+def test_the_worker_outlives_a_restart_of_redis(server_binary: str | None, tmp_path: Path) -> None:
     with (
-        EmbeddedServer() as server,
+        EmbeddedServer(server_binary, appendfsync="always") as server,
         Redis.from_url(server.url) as redis,
         WorkerProcess(server.url, tmp_path, name="a", INGEST_ENGINE_STEP_MS="20") as worker,
     ):
         job_ids = put(redis, [request(i, max_tokens=50) for i in range(50)])
         wait_until(lambda: running(redis), "documents run")
-        redis.waitaof(1, 0, 5000)
         server.kill()
         wait_until(lambda: "kept in memory" in worker.output, "the worker noticed the outage")
         server.restart()
@@ -474,8 +473,8 @@ def test_bad_settings_are_one_line_and_no_traceback(
     assert not redis.smembers("rq:workers")
 
 
-def test_an_unsafe_server_is_named_at_start(tmp_path: Path) -> None:
-    with EmbeddedServer(appendonly="no", maxmemory_policy="allkeys-lru") as server:
+def test_an_unsafe_server_is_named_at_start(server_binary: str | None) -> None:
+    with EmbeddedServer(server_binary, appendonly="no", maxmemory_policy="allkeys-lru") as server:
         command = ("rq", "worker", "-w", "ingestq.workers.BatchWorker", "--burst", QUEUE)
         output = run(*command, url=server.url, settings={**SIMULATED, **FAST})
         assert "maxmemory-policy is 'allkeys-lru'" in output.stdout + output.stderr
