@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from pydantic_core import PydanticSerializationError
-
 from ..common import payload, scripts
 from ..common.connections import connect, persist
 from ..common.engine_card import EngineCard, live_cards
@@ -218,7 +216,7 @@ class IngestQueue:
     def _prepare(self, request: IngestRequest) -> NewJob:
         try:
             request_json = request.to_json()
-        except PydanticSerializationError as error:
+        except UnicodeError as error:
             raise RequestRefused(
                 request.document_id, f"a field is not Unicode text ({error}); decode it with errors='replace'"
             ) from None

@@ -7,7 +7,7 @@
 -- Returns one word a lease: finished, failed, stopped, scheduled, queued (it will be retried), or fenced.
 local prefix, queue_name, worker, model, iso, stub = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local now = now_ms()
-local outcome, succeeded, failed, worked = {}, 0, 0, 0
+local outcome, known_groups, succeeded, failed, worked = {}, {}, 0, 0, 0
 
 local function due_in(key)
   local f = redis.call('HMGET', key, 'retries_left', 'retry_intervals')
@@ -69,7 +69,7 @@ for i = 7, #ARGV, 7 do
         redis.call('ZADD', KEYS[4], expire(ttl, key, results), id)
       end
     end
-    if word ~= 'scheduled' and word ~= 'queued' then announce(prefix, groups, id) end
+    if word ~= 'scheduled' and word ~= 'queued' then announce(prefix, groups, id, known_groups) end
   end
   outcome[#outcome + 1] = word
 end

@@ -13,7 +13,7 @@ if #members == 0 then
   members = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now + tonumber(ARGV[4]), 'LIMIT', 0, ARGV[8])
 end
 table.sort(members, function(a, b) return execution_of(a) > execution_of(b) end)  -- last leased first, because of LPUSH
-local back, dead, lost = 0, 0, 0
+local known_groups, back, dead, lost = {}, 0, 0, 0
 for _, member in ipairs(members) do
   local id = job_of(member)
   local key = prefix .. ':job:' .. id
@@ -31,7 +31,7 @@ for _, member in ipairs(members) do
     redis.call('EXPIRE', prefix .. ':results:' .. id, ttl)
     redis.call('EXPIRE', key, ttl)
     redis.call('ZADD', KEYS[3], now + ttl, id)
-    announce(prefix, f[4], id)
+    announce(prefix, f[4], id, known_groups)
   else
     back = back + 1
     if max_attempts == 0 then redis.call('HINCRBY', key, 'attempts', -1) end

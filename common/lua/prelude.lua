@@ -33,14 +33,18 @@ local function wake(prefix, queue_name, model)
   end
 end
 
--- Tells a job's groups (space-separated ids) that it is terminal. An expired group stays away.
-local function announce(prefix, groups, id)
+-- Tells a job's groups (space-separated ids) that it is terminal. An expired group stays away. `known` is a table of
+-- the caller's, empty at first: a group's keys are looked up and given their time once a script call.
+local function announce(prefix, groups, id, known)
   for group in string.gmatch(groups or '', '%S+') do
     local key = prefix .. ':ingest:group:' .. group
-    local ttl = redis.call('HGET', key, 'ttl')
-    if ttl then
+    if known[group] == nil then known[group] = redis.call('HGET', key, 'ttl') end
+    if known[group] then
       redis.call('XADD', key .. ':done', '*', 'j', id)
-      for _, suffix in ipairs({'', ':members', ':done'}) do redis.call('EXPIRE', key .. suffix, ttl) end
+      if not known[key] then
+        known[key] = true
+        for _, suffix in ipairs({'', ':members', ':done'}) do redis.call('EXPIRE', key .. suffix, known[group]) end
+      end
     end
   end
 end

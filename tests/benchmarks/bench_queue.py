@@ -37,6 +37,8 @@ from ingestq.workers import BatchWorker
 REPEATS = int(os.environ.get("REPEATS", "3"))
 MODEL, QUEUE = "no-op", "ingest"
 KB = 1024
+# One for all documents, as `read_documents` does it.
+SAMPLING = Sampling(max_tokens=1)
 
 # Jobs of each run: enough for the slowest to take a second and a half here.
 NUM_STOCK_JOBS = 300
@@ -125,7 +127,7 @@ def _timestamp(iso: bytes) -> float:
 
 
 def request(i: int, text: str) -> IngestRequest:
-    return IngestRequest(document_id=f"manual/{i}", text=text, model=MODEL, sampling=Sampling(max_tokens=1))
+    return IngestRequest(document_id=f"manual/{i}", text=text, model=MODEL, sampling=SAMPLING)
 
 
 def payload(i: int, text: str) -> dict[str, Any]:
