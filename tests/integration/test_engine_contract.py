@@ -155,6 +155,23 @@ class EngineContract:
         [done] = engine.generate([prompt_of(engine, "p0")])
         assert done.finish_reason != "error"
 
+    def test_a_wave_that_is_interrupted_leaves_nothing_for_the_next(self, engine, stepper, monkeypatch):
+        prompts = prompts_of(engine)
+        expected = [outcome(done) for done in engine.generate(prompts)]
+        step, steps = stepper.step, iter(range(3))
+
+        def interrupted():
+            if next(steps) == 2:
+                raise KeyboardInterrupt
+            return step()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stepper, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(prompts)
+        assert not engine.has_unfinished()
+        assert [outcome(done) for done in engine.generate(prompts)] == expected
+
     def test_aborting_an_unknown_prompt_does_nothing(self, engine):
         engine.abort(["never heard of"])
         engine.add_request(prompt_of(engine, "p"))
@@ -207,6 +224,10 @@ class EngineContract:
 
 
 class TestSimulatedEngine(EngineContract):
+    @pytest.fixture
+    def stepper(self, engine):
+        return engine
+
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls):
@@ -224,6 +245,10 @@ class TestSimulatedEngine(EngineContract):
 
 @pytest.mark.vllm
 class TestVllmEngine(EngineContract):
+    @pytest.fixture
+    def stepper(self, engine):
+        return engine._llm.llm_engine
+
     @pytest.fixture(scope="class")
     @classmethod
     def vllm_settings(cls):

@@ -233,8 +233,12 @@ class SimulatedEngine:
                 self.add_request(prompt)
             except PromptRefused as error:
                 completions[prompt.prompt_id] = Completion.refused(prompt, error)
-        while self.has_unfinished():
-            completions.update((done.prompt_id, done) for done in self.step())
+        try:
+            while self.has_unfinished():
+                completions.update((done.prompt_id, done) for done in self.step())
+        except BaseException:
+            self.abort([prompt.prompt_id for prompt in prompts])
+            raise
         return [completions[prompt.prompt_id] for prompt in prompts]
 
     def close(self) -> None:

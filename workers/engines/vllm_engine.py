@@ -137,11 +137,18 @@ class VllmEngine:
             else:
                 inputs.append(_input(prompt))
                 completions.append(None)
-        outputs = iter(self._llm.generate(inputs, params, use_tqdm=False) if inputs else ())
+        outputs = iter(self._generate(inputs, params) if inputs else ())
         return [
             done or _completion(prompt.prompt_id, next(outputs))
             for prompt, done in zip(prompts, completions, strict=True)
         ]
+
+    def _generate(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        try:
+            return list(self._llm.generate(inputs, params, use_tqdm=False))
+        except BaseException:  # a signal's, too: what stays behind would come first among the next wave's outputs
+            self._engine.abort_request(list(self._engine.output_processor.request_states), internal=True)
+            raise
 
     def close(self) -> None:
         self._engine.engine_core.shutdown(timeout=_CLOSE_TIMEOUT)
