@@ -43,6 +43,10 @@ class QueueUnavailable(IngestqError):
 class UnknownGroup(IngestqError):
     """No group of that name is in Redis: never created, or expired."""
 
+    def __init__(self, group_id: str) -> None:
+        super().__init__(f"group {group_id!r} is not in Redis: it was never created, or has expired")
+        self.group_id = group_id
+
 
 class ResultTimeout(IngestqError):
     """The wait for results ended before every member of the group was terminal.

@@ -43,9 +43,8 @@ def argument(data: bytes) -> dict[str, Any]:
         raise InvalidJob("the payload is not RQ's [function, instance, args, kwargs]")
     function, instance, args, kwargs = call
     if function != FUNCTION_NAME or instance is not None:
-        raise InvalidJob(
-            f"function {str(function)[:100]!r} is not served here; this worker runs {FUNCTION_NAME!r} only"
-        )
+        named = ascii(function[:100]) if isinstance(function, str) else "of that kind"
+        raise InvalidJob(f"function {named} is not served here; this worker runs {FUNCTION_NAME!r} only")
     if not (isinstance(args, list) and len(args) == 1 and isinstance(args[0], dict) and not kwargs):
         raise InvalidJob(f"{FUNCTION_NAME!r} takes one argument, the request as a JSON object")
     return args[0]

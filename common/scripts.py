@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from . import keys
 from .payload import FINISHED_STUB
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # Jobs in one script call.
 CHUNK = 128
+
+# Queue positions that a lease call looks at once jobs of other models are in the way: it reads two fields of each.
+_FAR_SCAN = 1024
 
 # Payload bytes in one script call: one MULTI of 64 MB stalled another client for 69 ms (measured).
 MAX_CALL_BYTES = 4 * 1024 * 1024
@@ -52,6 +55,26 @@ def _run(connection: Redis, name: str, keys_: Sequence[str], args: Sequence[Any]
         return connection.eval(source, len(keys_), *keys_, *args)
 
 
+def _start(connection: Redis, name: str, keys_: Sequence[str], args: Sequence[Any]) -> Callable[[], Any]:
+    """Sends a script call; the function returned waits for its answer. Nothing is tried again."""
+    _, digest = _script(name)
+    pool = connection.connection_pool
+    link = pool.get_connection()
+
+    def answer() -> Any:
+        try:
+            return link.read_response()
+        finally:
+            pool.release(link)
+
+    try:
+        link.send_command("EVALSHA", digest, len(keys_), *keys_, *args)
+    except BaseException:
+        pool.release(link)
+        raise
+    return answer
+
+
 def now_iso() -> str:
     """This host's time in RQ's format. For display only: leases are judged by Redis' clock."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -62,9 +85,8 @@ def pack_exception(text: str) -> str:
     return b64encode(zlib.compress(text.encode())).decode()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewJob:
-    """One job to enqueue."""
+class NewJob(NamedTuple):
+    """One job to enqueue. A tuple: a frozen dataclass takes three times as long to make, and there are many."""
 
     job_id: str
     # The job's RQ payload: [function, null, [request], {}] as JSON.
@@ -73,39 +95,47 @@ class NewJob:
     model: str
 
 
-def enqueue(
-    connection: Redis,
-    queue: str,
-    jobs: Sequence[NewJob],
-    *,
-    group_id: str = "",
-    group_ttl: int,
-    result_ttl: int,
-    failure_ttl: int,
-    retries: int | None = None,
-    retry_intervals_json: str = "",
-    retry_at_front: bool = False,
-) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnqueueOptions:
+    """What the jobs of a call have in common."""
+
+    # "": the jobs are submitted alone.
+    group_id: str = ""
+    # Seconds.
+    group_ttl: int
+    result_ttl: int
+    failure_ttl: int
+    # Attempts beyond the first; None leaves RQ's fields for it away.
+    retries: int | None = None
+    # Seconds before each of them, a JSON array.
+    retry_intervals_json: str = ""
+    retry_at_front: bool = False
+
+
+def enqueue(connection: Redis, queue: str, jobs: Sequence[NewJob], options: EnqueueOptions) -> list[int]:
     """One number a job: 1 enqueued, 2 was already queued, scheduled or running, 3 was already finished."""
-    args: list[Any] = [key_prefix(), queue, group_id, group_ttl, now_iso(), result_ttl, failure_ttl]
-    args += ["" if retries is None else retries, retry_intervals_json, int(retry_at_front)]
+    return cast(list[int], _run(connection, "enqueue", *_enqueue_call(queue, jobs, options)))
+
+
+def start_enqueue(
+    connection: Redis, queue: str, jobs: Sequence[NewJob], options: EnqueueOptions
+) -> Callable[[], list[int]]:
+    """Sends jobs without waiting; the function returned waits, and gives what `enqueue` would.
+
+    Either may raise any RedisError, also where `enqueue` would heal it; to `enqueue` the same jobs then is safe.
+    """
+    return _start(connection, "enqueue", *_enqueue_call(queue, jobs, options))
+
+
+def _enqueue_call(queue: str, jobs: Sequence[NewJob], options: EnqueueOptions) -> tuple[list[str], list[Any]]:
+    group_id = options.group_id
+    args: list[Any] = [key_prefix(), queue, group_id, options.group_ttl, now_iso()]
+    args += (options.result_ttl, options.failure_ttl, "" if options.retries is None else options.retries)
+    args += (options.retry_intervals_json, int(options.retry_at_front))
     for job in jobs:
-        args += (job.job_id, job.data, job.document_id, job.model)
-    return cast(
-        list[int],
-        _run(
-            connection,
-            "enqueue",
-            [
-                keys.queue(queue),
-                keys.queues(),
-                keys.group(group_id),
-                keys.group_members(group_id),
-                keys.group_done(group_id),
-            ],
-            args,
-        ),
-    )
+        args += job
+    group_keys = [keys.group(group_id), keys.group_members(group_id), keys.group_done(group_id)] if group_id else []
+    return [keys.queue(queue), keys.queues(), *group_keys], args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +147,8 @@ class LeasedJob:
     execution_id: str
     # The job's RQ payload.
     data: bytes
-    # Redis' clock, milliseconds; None for a job that a plain RQ client enqueued.
+    # Milliseconds since the epoch, by Redis' clock; of a job that a plain RQ client enqueued, by that client's.
     enqueued_ms: int | None
-    # RQ's own record of when it was enqueued (ISO), by the producer's clock.
-    enqueued_at: str
     leased_ms: int
     # 1 for the first time.
     attempts: int
@@ -193,7 +221,7 @@ def lease(
             call_id,
             now_iso(),
             position,
-            CHUNK,
+            CHUNK if position == 0 else _FAR_SCAN,
         ],
     )
     jobs = [
@@ -201,12 +229,11 @@ def lease(
             job_id=leased[i].decode(),
             execution_id=leased[i + 1].decode(),
             data=leased[i + 2],
-            enqueued_ms=_int(leased[i + 3]),
-            enqueued_at=leased[i + 4].decode(errors="replace"),
+            enqueued_ms=_int(leased[i + 3]) or _milliseconds(leased[i + 4]),
             leased_ms=now_ms,
             attempts=leased[i + 5],
-            result_ttl=_int(leased[i + 6]),
-            failure_ttl=_int(leased[i + 7]),
+            result_ttl=_ttl(leased[i + 6]),
+            failure_ttl=_ttl(leased[i + 7]),
             refused=leased[i + 8].decode(),
         )
         for i in range(0, len(leased), 9)
@@ -226,6 +253,24 @@ def _int(raw: bytes) -> int | None:
         return int(raw)
     except ValueError:
         return None
+
+
+def _milliseconds(iso: bytes) -> int | None:
+    """RQ's own time stamp as milliseconds since the epoch."""
+    try:
+        return int(datetime.fromisoformat(iso.decode()).timestamp() * 1000)
+    except ValueError:
+        return None
+
+
+# Seconds that anything is kept at most, if not for ever: ten years.
+_MAX_TTL = 10 * 365 * 86400
+
+
+def _ttl(raw: bytes) -> int | None:
+    """Seconds from a job hash, -1 for ever; None where there are none."""
+    seconds = _int(raw)
+    return None if seconds is None else max(-1, min(seconds, _MAX_TTL))
 
 
 def adopt(connection: Redis, queue: str, models: Iterable[tuple[str, str]]) -> int:
@@ -269,7 +314,6 @@ def finish(connection: Redis, queue: str, *, worker: str, model: str, finishes: 
             keys.failed(queue),
             keys.scheduled(queue),
             keys.worker(worker),
-            keys.limits(queue),
         ],
         args,
     )
@@ -308,19 +352,24 @@ def hand_back(
 
 def renew(
     connection: Redis, queue: str, *, worker: str, lease_ttl: float, worker_ttl: int, members: Sequence[str]
-) -> list[str]:
-    """Extends the worker's leases and its heartbeat; returns the leases that are gone."""
+) -> tuple[bool, list[str]]:
+    """Extends the worker's leases and its heartbeat.
+
+    Returns:
+        Whether RQ's record of the worker is still there, and the leases that are gone.
+    """
     gone: list[str] = []
+    known = 1
     for start in range(0, max(len(members), 1), CHUNK * 4):
         part = members[start : start + CHUNK * 4]
-        positions = _run(
+        known, positions = _run(
             connection,
             "renew",
             [keys.started(queue), keys.worker_executions(worker), keys.worker(worker)],
             [lease_ttl + keys.STOCK_GRACE, worker_ttl, now_iso(), *part],
         )
         gone += [part[position - 1] for position in positions]
-    return gone
+    return known == 1, gone
 
 
 def promote(connection: Redis, queue: str) -> int:
@@ -346,18 +395,16 @@ def touch_group(connection: Redis, group_id: str, *, queue: str, group_ttl: int,
     )
 
 
-def cancel(connection: Redis, group_id: str, *, queue: str, first: int, ttl: int) -> tuple[int, int, int, int]:
-    """Cancels CHUNK members of a group; returns (looked at, cancelled, left to another group, already terminal)."""
+def cancel(connection: Redis, group_id: str, *, first: int, ttl: int) -> tuple[int, int, int, int]:
+    """Cancels CHUNK members of a group, from rank `first`; a cancelled job is kept `ttl` seconds.
+
+    Returns:
+        How many members it looked at, cancelled, left to another holder, and found terminal.
+    """
     counts = _run(
         connection,
         "cancel",
-        [
-            keys.group_members(group_id),
-            keys.group_done(group_id),
-            keys.started(queue),
-            keys.scheduled(queue),
-            keys.canceled(queue),
-        ],
+        [keys.group_members(group_id), keys.group_done(group_id)],
         [key_prefix(), group_id, first, first + CHUNK - 1, now_iso(), ttl],
     )
     return counts[0], counts[1], counts[2], counts[3]

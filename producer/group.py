@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..common import keys, scripts
 from ..common.connections import persist
 from ..common.errors import SettingsError
+from ..common.schema import Status
 from ..common.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ _STATES = {
     "deferred": "queued",
     "started": "running",
     "scheduled": "scheduled",
-    "finished": "succeeded",
-    "failed": "failed",
-    "stopped": "stopped",
-    "canceled": "cancelled",
-    "": "expired",
+    "finished": Status.SUCCEEDED.value,
+    "failed": Status.FAILED.value,
+    "stopped": Status.STOPPED.value,
+    "canceled": Status.CANCELLED.value,
+    "": Status.EXPIRED.value,
 }
 
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -61,7 +62,7 @@ class CancelCounts:
 
     # Cancelled; a running one is aborted in the engine.
     num_cancelled: int = 0
-    # Go on, because another group holds them.
+    # Go on, because another group holds them, or somebody submitted them outside of any.
     num_left: int = 0
     # Had ended before.
     num_terminal: int = 0
@@ -116,7 +117,7 @@ class Group:
         )
 
     def counts(self) -> dict[str, int]:
-        """How many members are queued, running, scheduled, succeeded, failed, stopped, cancelled and expired."""
+        """How many members are queued, running, scheduled, and how many have ended in each `Status`."""
         counts = dict.fromkeys(_STATES.values(), 0)
         first = 0
         while True:
@@ -132,9 +133,9 @@ class Group:
         return persist(lambda: scripts.tally(self.connection, self.id, first=first, last=last), patience=PATIENCE)
 
     def cancel(self) -> CancelCounts:
-        """Cancels what the group still has to do; a document that another group holds goes on for that one.
+        """Cancels what the group still has to do; a document that somebody else holds goes on for them.
 
-        Documents that are enqueued into the group meanwhile or later are not cancelled.
+        Others that hold it are groups, and whoever submitted it with `IngestQueue.enqueue`. Documents that are enqueued into the group meanwhile or later are not cancelled.
         """
         looked_at = cancelled = left = terminal = 0
         while True:
@@ -150,6 +151,4 @@ class Group:
 
     def _cancel(self, first: int) -> tuple[int, int, int, int]:
         ttl = self.settings.result_ttl
-        return persist(
-            lambda: scripts.cancel(self.connection, self.id, queue=self.queue, first=first, ttl=ttl), patience=PATIENCE
-        )
+        return persist(lambda: scripts.cancel(self.connection, self.id, first=first, ttl=ttl), patience=PATIENCE)

@@ -8,16 +8,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from time import monotonic
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self, cast
 
 from ..common import payload, scripts
-from ..common.connections import connect, persist
+from ..common.connections import connect, persist, sibling
 from ..common.engine_card import EngineCard, live_cards
 from ..common.errors import QueueUnavailable, RequestRefused, SettingsError, UnknownGroup
 from ..common.keys import group as group_key
 from ..common.schema import IngestRequest, job_id
-from ..common.scripts import NewJob
+from ..common.scripts import EnqueueOptions, NewJob
 from ..common.settings import Settings
 from .bounds import check_bytes, check_context
 from .group import PATIENCE, check_name, new_group_id
@@ -41,6 +43,9 @@ _BEAT = 10.0
 
 # Seconds for which engine cards are believed.
 _CARDS_MAX_AGE = 60.0
+
+# Attempts beyond the first; RQ takes any number, and the counter in Redis does not.
+_MAX_RETRIES = 1_000_000
 
 # Document ids that a Group names as already there.
 _MAX_JOINED = 1000
@@ -101,8 +106,9 @@ class IngestQueue:
             RequestRefused: the document is over a bound, or no live worker can run it.
             QueueUnavailable: it was not accepted, or perhaps was; the same call again is safe.
         """
+        options = self._options("", retry)
         job = self._prepare(request)
-        outcomes = self._send_surely([job], "", retry)
+        outcomes = self._send([job], options)
         outcome: Literal["enqueued", "joined", "finished"]
         outcome = "enqueued" if outcomes[0] == 1 else "joined" if outcomes[0] == 2 else "finished"
         return Enqueued(job_id=job.job_id, outcome=outcome)
@@ -141,15 +147,14 @@ class IngestQueue:
             connection=self.connection,
             settings=self.settings,
         )
+        options = self._options(group.id, retry)
         self._cards_read_at = float("-inf")
-        accepted = _Accepted()
+        accepted = _Accepted(on_progress)
         try:
             group.touch(seal=False)
-            with _kept_alive(group):
-                for chunk in self._chunks(requests, on_refused):
-                    accepted.add(chunk, self._send_surely(chunk, group.id, retry))
-                    if on_progress:
-                        on_progress(accepted.number)
+            with _kept_alive(group), _Ahead(self, options, accepted) as ahead:
+                for chunk, full in self._chunks(requests, on_refused):
+                    ahead.send(chunk, wait=not full)
             if seal:
                 group.seal()
         except RequestRefused as error:
@@ -183,13 +188,13 @@ class IngestQueue:
             bytes | None, persist(lambda: self.connection.hget(group_key(group_id), "queue"), patience=PATIENCE)
         )
         if queue is None:
-            raise UnknownGroup(f"group {group_id!r} is not in Redis: it was never created, or has expired")
+            raise UnknownGroup(group_id)
         return Group(id=group_id, queue=queue.decode(), connection=self.connection, settings=self.settings)
 
     def _chunks(
         self, requests: Iterable[IngestRequest], on_refused: Callable[[RequestRefused], None] | None
-    ) -> Iterator[list[NewJob]]:
-        """What goes into one script call each."""
+    ) -> Iterator[tuple[list[NewJob], bool]]:
+        """What goes into one script call each, and whether it is full: the source keeps up with Redis."""
         chunk: list[NewJob] = []
         num_bytes, started = 0, 0.0
         for request in requests:
@@ -201,17 +206,18 @@ class IngestQueue:
                 on_refused(refusal)
                 continue
             if chunk and num_bytes + len(job.data) > _CALL_BYTES:
-                yield chunk
+                yield chunk, True
                 chunk, num_bytes = [], 0
             if not chunk:
                 started = monotonic()
             chunk.append(job)
             num_bytes += len(job.data)
-            if len(chunk) == scripts.CHUNK or monotonic() - started > _LINGER:
-                yield chunk
+            full = len(chunk) == scripts.CHUNK
+            if full or monotonic() - started > _LINGER:
+                yield chunk, full
                 chunk, num_bytes = [], 0
         if chunk:
-            yield chunk
+            yield chunk, False
 
     def _prepare(self, request: IngestRequest) -> NewJob:
         try:
@@ -229,14 +235,13 @@ class IngestQueue:
             model=request.model,
         )
 
-    def _send_surely(self, jobs: Sequence[NewJob], group_id: str, retry: RetryPolicy | None) -> list[int]:
-        return persist(lambda: self._send(jobs, group_id, retry), patience=PATIENCE)
+    def _send(self, jobs: Sequence[NewJob], options: EnqueueOptions) -> list[int]:
+        return persist(lambda: scripts.enqueue(self.connection, self.name, jobs, options), patience=PATIENCE)
 
-    def _send(self, jobs: Sequence[NewJob], group_id: str, retry: RetryPolicy | None) -> list[int]:
-        return scripts.enqueue(
-            self.connection,
-            self.name,
-            jobs,
+    def _options(self, group_id: str, retry: RetryPolicy | None) -> EnqueueOptions:
+        if retry and not 1 <= retry.max <= _MAX_RETRIES:
+            raise SettingsError(f"retry: max is {retry.max}, the bounds are 1 and {_MAX_RETRIES}")
+        return EnqueueOptions(
             group_id=group_id,
             group_ttl=self.settings.group_ttl,
             result_ttl=self.settings.result_ttl,
@@ -274,6 +279,7 @@ class IngestQueue:
 class _Accepted:
     """What a call has got into Redis so far."""
 
+    on_progress: Callable[[int], None] | None
     number: int = 0
     # By the script's word for it: 1 enqueued, 2 joined, 3 finished.
     outcomes: dict[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 3: 0})
@@ -288,9 +294,73 @@ class _Accepted:
             self.outcomes[outcome] += 1
             if outcome != 1 and len(self.joined) < _MAX_JOINED:
                 self.joined.append(job.document_id)
+        if self.on_progress:
+            self.on_progress(self.number)
 
     def job_ids(self) -> list[str]:
         return [self._digests[i : i + 16].hex() for i in range(0, len(self._digests), 16)]
+
+
+class _Ahead:
+    """Sends chunks in their order: while Redis works on one, the caller gets the next ready.
+
+    Leaving the context waits for the answer that is outstanding, unless on Ctrl-C.
+    """
+
+    def __init__(self, queue: IngestQueue, options: EnqueueOptions, accepted: _Accepted) -> None:
+        self._queue = queue
+        self._options = options
+        self._accepted = accepted
+        # The chunk that is under way, and what waits for its answer; None where it could not be sent.
+        self._chunk: list[NewJob] | None = None
+        self._answer: Callable[[], list[int]] | None = None
+
+    @cached_property
+    def _connection(self) -> Redis:
+        # Of its own, because the one that waits for an answer is in use while the source is read.
+        return sibling(self._queue.connection)
+
+    def send(self, chunk: list[NewJob], *, wait: bool) -> None:
+        """Sends a chunk after the one before it was accepted.
+
+        Args:
+            wait: until it is accepted. A slow source's chunk has to: its failure would be noticed with the next.
+        """
+        from redis.exceptions import RedisError
+
+        self.settle()
+        self._chunk, self._answer = chunk, None
+        if wait:
+            self.settle()
+        else:
+            with suppress(RedisError):
+                self._answer = scripts.start_enqueue(self._connection, self._queue.name, chunk, self._options)
+
+    def settle(self) -> None:
+        """Returns once everything that was sent is accepted."""
+        from redis.exceptions import RedisError
+
+        chunk, self._chunk = self._chunk, None
+        if chunk is None:
+            return
+        outcomes = None
+        if self._answer:
+            with suppress(RedisError):
+                outcomes = self._answer()
+        # Otherwise again, with patience: it repeats nothing, and tells of what is wrong.
+        self._accepted.add(chunk, outcomes or self._queue._send(chunk, self._options))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None or issubclass(kind, Exception):
+                self.settle()
+        finally:
+            self._connection.close()
 
 
 @contextmanager

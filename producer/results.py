@@ -65,7 +65,7 @@ def fetch_results(jobs: Group | str | Sequence[str], *, connection: Redis | None
     group_id = _id_of(jobs)
     raw = persist(lambda: connection.zrange(keys.group_members(group_id), 0, -1), patience=PATIENCE)
     if not raw and not persist(lambda: connection.exists(keys.group(group_id)), patience=PATIENCE):
-        raise _unknown(group_id)
+        raise UnknownGroup(group_id)
     members = [_Member.parse(cast(bytes, member)) for member in raw]
     job_ids = [member.job_id for member in members]
     fetched = persist(lambda: scripts.fetch(connection, job_ids, group_id=group_id), patience=PATIENCE)
@@ -105,10 +105,6 @@ def _connection_of(jobs: Group | str | Sequence[str], connection: Redis | None) 
 
 def _id_of(group: Group | str) -> str:
     return group.id if isinstance(group, Group) else check_name("group", group)
-
-
-def _unknown(group_id: str) -> UnknownGroup:
-    return UnknownGroup(f"group {group_id!r} is not in Redis: it was never created, or has expired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +303,7 @@ class ResultIterator:
 
         (sealed_ms, seen_ms, ttl), self.num_members, (seconds, _) = self._call(look)
         if seen_ms is None:
-            raise _unknown(self._group_id)
+            raise UnknownGroup(self._group_id)
         return _GroupState(
             sealed=sealed_ms is not None,
             num_members=self.num_members,

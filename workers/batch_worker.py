@@ -18,15 +18,16 @@ from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 
+from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue
+from rq import Queue, worker_registration
 from rq.command import parse_payload
 from rq.defaults import DEFAULT_RESULT_TTL
 from rq.exceptions import StopRequested
 from rq.worker.base import BaseWorker, WorkerStatus
 
-from ..common import engine_card
-from ..common.connections import durability_warnings, sibling
+from ..common import engine_card, keys
+from ..common.connections import SOCKET_TIMEOUT, durability_warnings, sibling
 from ..common.errors import SettingsError
 from ..common.serializer import OrjsonSerializer
 from ..common.settings import Settings
@@ -36,6 +37,7 @@ from .engines import load_engine
 from .engines.base import Engine
 from .feed import feed_continuously, feed_waves
 from .housekeeper import Housekeeper
+from .rows import RowWriter
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +66,16 @@ class BatchWorker(BaseWorker):
         self._engine: Engine | None = None
         self._courier: Courier | None = None
         self._housekeeper: Housekeeper | None = None
+        # The engine or the courier failed: the worker ends with exit code 1.
+        self._failed = False
         if kwargs.get("prepare_for_work", True):
             with _exit_on_bad_settings():
                 self._settings = self._checked(settings or Settings.from_env())
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """Bounds every wait for an answer; RQ would let a dead connection hold a thread up for seven minutes."""
+        connection.connection_pool.connection_kwargs["socket_timeout"] = SOCKET_TIMEOUT
+        return connection
 
     def _checked(self, settings: Settings) -> Settings:
         if len(self.queues) != 1:
@@ -86,33 +95,44 @@ class BatchWorker(BaseWorker):
     # --- RQ's life cycle
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
-        """Works as RQ's `work` does. `max_jobs` counts documents; RQ's scheduler isn't needed for retries."""
+        """Works as RQ's `work` does. `max_jobs` counts documents; RQ's scheduler isn't needed for retries.
+
+        Raises:
+            SystemExit: with code 1 when the engine failed, so that systemd and the like start the worker again.
+        """
         self._max_jobs = kwargs.pop("max_jobs", None)
         if kwargs.pop("with_scheduler", False):
             logger.warning("--with-scheduler is left out: BatchWorker moves due retries into the queue itself")
         try:
-            return super().work(*args, **kwargs)
+            worked = super().work(*args, **kwargs)
         finally:
             self._end()
+        if self._failed:
+            raise SystemExit(1)
+        return worked
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Registers the worker, then loads the engine: in `rq info` it is 'started' until it is ready."""
         super().bootstrap(*args, **kwargs)
         _log_where_rq_logs()
         try:
+            self._install_signal_handlers()  # RQ does it later; loading takes minutes
             for warning in durability_warnings(self.connection):
                 self.log.warning("Worker %s: %s", self.name, warning)
             self._housekeeper = self._new_housekeeper()
             self._housekeeper.start()
             with _exit_on_bad_settings():
                 self._engine = self.load_engine()
+            self._housekeeper.catch_up()
             self._courier = self._new_courier(self._engine)
             self._housekeeper.serve(self._courier, self._engine.card)
             engine_card.publish(self.connection, self._settings.queue, self.name, self._engine.card)
             self._courier.start()
-        except BaseException:
+        except BaseException as error:
             self.teardown()
             self._end()
+            if isinstance(error, StopRequested):
+                raise SystemExit(0) from None
             raise
         card = self._engine.card
         self.log.info(
@@ -130,22 +150,24 @@ class BatchWorker(BaseWorker):
             self._settings,
             worker=self.name,
             worker_ttl=self.worker_ttl + 60,
-            maintenance=super().run_maintenance_tasks,
-            maintenance_interval=self.maintenance_interval,
+            state=self.get_state,
+            register=self._register_again,
+            tidy=self._tidy,
+            tidy_interval=self.maintenance_interval,
         )
 
     def _new_courier(self, engine: Engine) -> Courier:
         # RQ's command line always passes a ttl; its default is not a choice of the user's.
-        given = None if self.default_result_ttl == DEFAULT_RESULT_TTL else self.default_result_ttl
-        return Courier(
-            sibling(self.connection),
-            self._settings,
-            engine,
-            DrainController(max_in_flight=self._max_in_flight(engine)),
+        chosen = self.default_result_ttl != DEFAULT_RESULT_TTL
+        rows = RowWriter(
             worker=self.name,
-            default_result_ttl=self._settings.result_ttl if given is None else given,
-            max_jobs=self._max_jobs,
+            card=engine.card,
+            result_ttl=self.default_result_ttl if chosen else self._settings.result_ttl,
+            failure_ttl=self._settings.failure_ttl,
         )
+        controller = DrainController(max_in_flight=self._max_in_flight(engine))
+        connection = sibling(self.connection)
+        return Courier(connection, self._settings, engine, controller, rows, max_jobs=self._max_jobs)
 
     def _max_in_flight(self, engine: Engine) -> int:
         return self._settings.max_in_flight or default_max_in_flight(engine.card.max_num_seqs)
@@ -160,13 +182,18 @@ class BatchWorker(BaseWorker):
         """
         courier = self._ready_courier()
         burst = timeout is None
-        self._show_state(WorkerStatus.IDLE)
+        self._state = WorkerStatus.IDLE
         self.procline("Listening on " + ",".join(self.queue_names()))
         idle_since = time.monotonic()
         while True:
             with suppress(Empty):
                 return courier.inbox.get(timeout=_LOOK), self.queues[0]
-            self.check_for_suspension(burst)
+            if courier.failure is not None:
+                self._failed = True
+                raise StopRequested
+            if courier.gate == "suspended":
+                self.check_for_suspension(burst)
+                idle_since = time.monotonic()
             if self._stop_requested or courier.done:
                 raise StopRequested
             if burst and courier.exhausted.is_set():
@@ -179,13 +206,17 @@ class BatchWorker(BaseWorker):
     def execute_job(self, job: Any, queue: Queue) -> None:
         """Runs the engine, beginning with the Prompt `job`, until there is nothing left for it to do."""
         assert self._engine is not None
-        self._show_state(WorkerStatus.BUSY)
+        courier = self._ready_courier()
+        self._state = WorkerStatus.BUSY
         self.procline(f"Running documents of {queue.name}")
         feed = feed_waves if self._settings.feed == "generate" else feed_continuously
         try:
-            feed(self._engine, self._ready_courier(), job, lambda: self._stop_requested)
+            feed(self._engine, courier, job, lambda: self._stop_requested or courier.failure is not None)
+        except Exception:
+            self._failed = True
+            raise
         finally:
-            self._show_state(WorkerStatus.IDLE)
+            self._state = WorkerStatus.IDLE
 
     def _ready_courier(self) -> Courier:
         assert self._courier is not None, "bootstrap() comes first"
@@ -198,10 +229,13 @@ class BatchWorker(BaseWorker):
             self._courier.stop_leasing()
 
     def teardown(self) -> None:
-        """Writes the results that are there, hands the rest back uncounted, and signs off."""
+        """Writes the results that are there, hands the rest back, and signs off.
+
+        A hand-back is not an attempt, unless the engine failed: it may have been one of these documents.
+        """
         _ignore_further_signals()
         if self._courier:
-            self._courier.close(_CLOSE_TIMEOUT)
+            self._courier.close(_CLOSE_TIMEOUT, max_attempts=self._settings.max_attempts if self._failed else 0)
         if self._housekeeper:
             self._housekeeper.close(_CLOSE_TIMEOUT)
         try:
@@ -216,36 +250,47 @@ class BatchWorker(BaseWorker):
             engine, self._engine = self._engine, None
             engine.close()
 
-    # --- an outage of Redis must not end the worker
+    # --- housekeeping, on the housekeeper's thread
+
+    def _register_again(self) -> None:
+        """Writes the worker's record, which Redis had forgotten."""
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping={**self.serialize(), "state": self.get_state()})
+            pipeline.expire(self.key, self.worker_ttl + 60)
+            worker_registration.register(self, pipeline)
+            pipeline.execute()
+
+    def _tidy(self) -> None:
+        """Forgets dead workers, and the registry entries of rows that have expired."""
+        queue = self.queues[0]
+        worker_registration.clean_worker_registry(queue)
+        seconds, _ = self.connection.time()
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for registry in (keys.finished(queue.name), keys.failed(queue.name), keys.canceled(queue.name)):
+                pipeline.zremrangebyscore(registry, "-inf", seconds)
+            pipeline.execute()
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
-        """Never on this thread: the housekeeper does it, also while the engine is busy for days."""
+        """Never: RQ's own maintenance fails leases that the housekeeper takes over, and calls what jobs name."""
         return False
 
+    # --- what RQ does with Redis on the main thread must neither end the worker nor hold up the engine
+
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        with self._tolerated_outage():
+        """Left to the housekeeper."""
+        if pipeline is not None:
             super().heartbeat(timeout, pipeline)
 
     def check_for_suspension(self, burst: bool) -> None:
-        with self._tolerated_outage():
-            super().check_for_suspension(burst)
-
-    def _show_state(self, state: str) -> None:
-        with self._tolerated_outage():
-            self.set_state(state)
+        """Waits while `rq suspend` is in force; asked only when the courier found that it is."""
+        if self._courier and self._courier.gate == "suspended":
+            with suppress(RedisError):
+                super().check_for_suspension(burst)
 
     def set_shutdown_requested_date(self) -> None:
-        with self._tolerated_outage():
+        with suppress(RedisError):
             super().set_shutdown_requested_date()
-
-    @contextmanager
-    def _tolerated_outage(self) -> Iterator[None]:
-        """These calls only tell others about the worker; the courier and the housekeeper report an outage."""
-        try:
-            yield
-        except RedisError as error:
-            self.log.debug("Worker %s: Redis: %s", self.name, error)
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
         """Keeps listening for commands whatever comes: RQ's own handler gives up on all but ConnectionError."""
@@ -259,7 +304,7 @@ class BatchWorker(BaseWorker):
         try:
             payload = parse_payload(message)
             command, job_id, execution_id = (payload.get(name) for name in ("command", "job_id", "execution_id"))
-        except (ValueError, AttributeError, TypeError, KeyError):
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             self.log.warning("Worker %s: a malformed command was ignored", self.name)
             return
         if command == "shutdown":

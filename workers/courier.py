@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from ..common import keys, scripts
-from ..common.errors import DocumentError, EngineError
-from ..common.schema import IngestRequest, IngestResult, Status, Usage
+from ..common.errors import DocumentError, PromptRefused
+from ..common.schema import IngestRequest
 from ..common.scripts import Finish, LeasedJob
 from ..common.settings import Settings
 from .drain import DrainController
 from .engines.base import Completion, Engine, Prompt
 from .prompts import build_prompt, model_of, parse_request
+from .rows import RowWriter
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,13 @@ class Lost:
 Message = Completed | Stop | Lost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
     """A lease of this worker. Its execution id names its prompt."""
 
     job: LeasedJob
-    # None if the job turned out not to be a valid request.
-    request: IngestRequest | None
+    # None until the job is parsed, and for good if it isn't a valid request.
+    request: IngestRequest | None = None
 
 
 class Courier:
@@ -85,17 +85,15 @@ class Courier:
         settings: Settings,
         engine: Engine,
         controller: DrainController,
+        rows: RowWriter,
         *,
-        worker: str,
-        default_result_ttl: int,
         max_jobs: int | None = None,
     ) -> None:
         self._connection = connection
         self._settings = settings
         self._engine = engine
         self._controller = controller
-        self._worker = worker
-        self._default_result_ttl = default_result_ttl
+        self._rows = rows
         self._jobs_left = max_jobs
         # Prompts ready for the engine, and ids of prompts to abort in it.
         self.inbox: SimpleQueue[Prompt] = SimpleQueue()
@@ -109,10 +107,15 @@ class Courier:
         self._look: Literal["now", "soon", "idle"] = "now"
         self._lease_unsure = False
         self._leasing = True
-        self._closing = False
-        # Set while a look at the queue found nothing for this worker and it holds nothing.
+        self._closing = threading.Event()
+        # See `close`.
+        self._max_attempts = 0
+        # What ended the thread though it should go on: the worker can't serve any more.
+        self.failure: BaseException | None = None
+        # Set while the queue has nothing for this worker and it holds nothing.
         self.exhausted = threading.Event()
-        self.num_fenced = 0
+        # What the last look at the queue met.
+        self.gate: scripts.Gate = "open"
         self._thread = threading.Thread(target=self._run, name="ingestq-courier", daemon=True)
 
     # --- called by other threads
@@ -145,36 +148,39 @@ class Courier:
         return self._jobs_left == 0 and not self.in_flight
 
     def stop_leasing(self) -> None:
-        """From now on only results are written, and what isn't in the engine goes back: a warm shutdown begins.
-
-        The engine's loop must not take from `inbox` after this.
-        """
+        """From now on only results are written, and what isn't in the engine goes back: a warm shutdown begins."""
         self._leasing = False
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float, *, max_attempts: int = 0) -> None:
         """Writes the results that are there, hands everything else back, and ends the thread.
 
         Args:
             timeout: seconds to wait for Redis; what is not written by then is taken over when its lease ends.
+            max_attempts: 0: the hand-back is not an attempt. More: the engine failed; a document that was leased that
+                often is failed.
         """
         self._leasing = False
-        self._closing = True
+        self._max_attempts = max_attempts
+        self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        elif self.failure is not None:
+            with suppress(RedisError):
+                self._finish_up()
 
     # --- the thread
 
     def _run(self) -> None:
         wait = _OUTAGE_WAIT[0]
-        while True:
+        while self.failure is None:
             try:
+                if self._closing.is_set():
+                    self._finish_up()
+                    return
                 self._read_mail()
                 self._write()
                 self._take()
                 wait = _OUTAGE_WAIT[0]
-                if self._closing:
-                    self._hand_back_all()
-                    return
                 self._rest()
             except RedisError as error:
                 logger.error(
@@ -185,27 +191,27 @@ class Courier:
                     extra={"action": "redis_outage"},
                 )
                 self._lease_unsure = True
-                time.sleep(wait)
+                self._closing.wait(wait)
                 wait = min(2 * wait, _OUTAGE_WAIT[1])
-            except Exception:
+            except BaseException as error:
                 # A bug here must not leave the engine running with nobody to carry its results.
                 logger.critical(
                     "the courier failed; the worker stops", exc_info=True, extra={"action": "courier_failed"}
                 )
-                os.abort()
+                self.failure = error
 
     def _rest(self) -> None:
         """Waits for what can change something: mail while documents are in flight, else a wake token."""
-        if self._look == "now" or self._unwritten or not self._mailbox.empty():
+        if self._look == "now" or self._unwritten or not self._mailbox.empty() or self._closing.is_set():
             return
-        if self._held or not self._leasing:
-            self._read_mail(timeout=_IDLE_LOOK if self._look == "idle" and not self._has_room else _BUSY_LOOK)
+        if self.in_flight:
+            self._read_mail(timeout=_IDLE_LOOK if self._look == "idle" else _BUSY_LOOK)
+        elif not self._room:
+            self._closing.wait(_BUSY_LOOK)  # no work is wanted, so no token is taken from those who want it
+        elif self._position:
+            self._closing.wait(_BUSY_LOOK)  # jobs of other models are in the way: look further
         else:
             self._connection.blpop([keys.wake(self._settings.queue, self._engine.card.model)], timeout=_IDLE_LOOK)
-
-    @property
-    def _has_room(self) -> bool:
-        return self._room > 0
 
     @property
     def _room(self) -> int:
@@ -213,46 +219,56 @@ class Courier:
             return 0
         return self._controller.admit(in_flight=self.in_flight, jobs_left=self._jobs_left)
 
+    def _finish_up(self) -> None:
+        """The end: what the engine finished is written, the rest goes back."""
+        self._read_mail()
+        self._write()
+        self._hand_back(list(self._held.values()))
+        self._give_up_unknown_leases()
+
     # --- results
 
     def _read_mail(self, timeout: float = 0.0) -> None:
         """Handles every message there is, waiting up to `timeout` seconds for the first."""
-        try:
+        with suppress(Empty):
             message = self._mailbox.get(timeout=timeout) if timeout else self._mailbox.get_nowait()
             while True:
                 self._handle(message)
                 message = self._mailbox.get_nowait()
-        except Empty:
-            pass
 
     def _handle(self, message: Message) -> None:
         match message:
             case Completed(prompt_id, outcome):
                 if held := self._held.get(prompt_id):
-                    self._settle(self._finish(held, outcome))
-            case Stop():
-                self._stop(message)
+                    self._settle(self._rows.ended(held.job, held.request, outcome))
+            case Stop(job_id, execution_id):
+                for prompt_id, held in list(self._held.items()):
+                    if held.job.job_id == job_id and execution_id in (None, prompt_id):
+                        self.aborts.put(prompt_id)
+                        self._settle(self._rows.stopped(held.job, held.request))
             case Lost(members):
                 for prompt_id in [member.partition(":")[2] for member in members]:
                     if held := self._held.pop(prompt_id, None):
+                        self.aborts.put(prompt_id)
                         logger.warning(
                             "job %s: the lease is gone (cancelled, deleted or taken over); aborted",
                             held.job.job_id,
                             extra={"action": "lease_lost", "job_id": held.job.job_id},
                         )
-                        self.aborts.put(prompt_id)
-
-    def _stop(self, message: Stop) -> None:
-        for prompt_id, held in list(self._held.items()):
-            if held.job.job_id == message.job_id and message.execution_id in (None, prompt_id):
-                self.aborts.put(prompt_id)
-                self._settle(self._stopped(held))
 
     def _settle(self, item: Finish) -> None:
         """The document's outcome is known: what the engine still says of it doesn't count."""
         prompt_id = item.job.execution_id
         self._settling[prompt_id] = self._held.pop(prompt_id)
         self._unwritten.append(item)
+        if item.exception:
+            logger.log(
+                logging.ERROR if item.kind == "P" else logging.WARNING,
+                "job %s: %s",
+                item.job.job_id,
+                item.exception,
+                extra={"action": "document_failed", "job_id": item.job.job_id},
+            )
 
     def _write(self) -> None:
         """Writes what is finished; keeps it if Redis is away."""
@@ -261,7 +277,7 @@ class Courier:
             outcomes = scripts.finish(
                 self._connection,
                 self._settings.queue,
-                worker=self._worker,
+                worker=self._rows.worker,
                 model=self._engine.card.model,
                 finishes=part,
             )
@@ -269,74 +285,12 @@ class Courier:
             for item, outcome in zip(part, outcomes, strict=True):
                 self._settling.pop(item.job.execution_id, None)
                 if outcome == "fenced":
-                    self.num_fenced += 1
                     logger.warning(
                         "job %s: result dropped, the lease was lost or the result already written",
                         item.job.job_id,
                         extra={"action": "fenced", "job_id": item.job.job_id},
                     )
             self._look = "now"
-
-    def _finish(self, held: _Held, outcome: Completion | DocumentError) -> Finish:
-        """The row of a document that the engine finished, failed or refused."""
-        if isinstance(outcome, DocumentError):
-            return self._failed(held, "P", type(outcome).__name__, str(outcome))
-        if outcome.finish_reason == "error":
-            return self._failed(held, "F", EngineError.__name__, outcome.error or "the engine gave no reason")
-        job = held.job
-        result = self._row(
-            held,
-            Status.SUCCEEDED,
-            text=outcome.text,
-            finish_reason=outcome.finish_reason,
-            usage=Usage(
-                prompt_tokens=outcome.num_prompt_tokens,
-                cached_tokens=outcome.num_cached_tokens,
-                output_tokens=len(outcome.token_ids),
-            ),
-            ttft_ms=round(outcome.ttft_ms, 3),
-            run_ms=round(outcome.run_ms, 3),
-        )
-        ttl = self._default_result_ttl if job.result_ttl is None else job.result_ttl
-        return Finish(job=job, kind="S", ttl=ttl, result_json=result.to_json())
-
-    def _failed(self, held: _Held, kind: Literal["F", "P"], error_class: str, message: str) -> Finish:
-        logger.log(
-            logging.WARNING if kind == "F" else logging.ERROR,
-            "job %s: %s: %s",
-            held.job.job_id,
-            error_class,
-            message,
-            extra={"action": "document_failed", "job_id": held.job.job_id},
-        )
-        result = self._row(held, Status.FAILED, error_class=error_class, error_message=message)
-        return self._dead(held, kind, result, f"{error_class}: {message}")
-
-    def _stopped(self, held: _Held) -> Finish:
-        result = self._row(
-            held, Status.STOPPED, error_class="Stopped", error_message="stopped by RQ's stop-job command"
-        )
-        return self._dead(held, "X", result, "stopped by RQ's stop-job command")
-
-    def _dead(self, held: _Held, kind: Literal["F", "P", "X"], result: IngestResult, exception: str) -> Finish:
-        ttl = self._settings.failure_ttl if held.job.failure_ttl is None else held.job.failure_ttl
-        return Finish(job=held.job, kind=kind, ttl=ttl, result_json=result.to_json(), exception=exception)
-
-    def _row(self, held: _Held, status: Status, **fields: object) -> IngestResult:
-        job, card = held.job, self._engine.card
-        return IngestResult.model_validate(
-            {
-                "document_id": held.request.document_id if held.request else job.job_id,
-                "job_id": job.job_id,
-                "status": status,
-                "queue_ms": None if job.enqueued_ms is None else job.leased_ms - job.enqueued_ms,
-                "attempts": job.attempts,
-                "worker": self._worker,
-                "model": card.model,
-                "engine_digest": card.engine_digest,
-                **fields,
-            }
-        )
 
     # --- jobs
 
@@ -353,7 +307,7 @@ class Courier:
         reply = scripts.lease(
             self._connection,
             self._settings.queue,
-            worker=self._worker,
+            worker=self._rows.worker,
             model=self._engine.card.model,
             want=want,
             lease_ttl=self._settings.lease_ttl,
@@ -361,41 +315,53 @@ class Courier:
             call_id=os.urandom(7).hex(),
             position=self._position,
         )
-        if reply.unknown:
-            models = [(job_id, model_of(data)) for job_id, data in reply.unknown]
-            scripts.adopt(self._connection, self._settings.queue, models)
+        adopted = self._adopt(reply.unknown)
         searched = reply.next_position >= reply.queue_length
-        self._position = 0 if reply.jobs or reply.unknown or searched else reply.next_position
-        for job in reply.jobs:
-            self._ready(job)
+        self._position = 0 if reply.jobs or adopted or searched else reply.next_position
+        self._ready(reply.jobs)
         if self._jobs_left is not None:
             self._jobs_left -= len(reply.jobs)
-        if reply.gate == "open" and (reply.jobs or reply.unknown or not searched):
-            self._look = "now" if self._has_room else "idle"
+        self.gate = reply.gate
+        if reply.gate != "open":
+            self._look = "soon"
+        elif reply.jobs or adopted:
+            self._look = "now" if self._room else "idle"
         else:
             self._look = "soon"
-        if not self.in_flight and reply.gate == "open" and searched and not reply.unknown:
+        if reply.gate == "open" and searched and not adopted and not self.in_flight:
             self.exhausted.set()
         else:
             self.exhausted.clear()
 
-    def _ready(self, job: LeasedJob) -> None:
-        """Parses and encodes one job; a bad one fails here, alone."""
-        request = None
-        try:
-            request = parse_request(job)
-            prompt = build_prompt(request, job.execution_id, self._engine, self._settings.over_length)
-        except DocumentError as error:
-            held = self._held[job.execution_id] = _Held(job, request)
-            self._settle(self._finish(held, error))
-            return
-        self._held[job.execution_id] = _Held(job, request)
-        self.inbox.put(prompt)
+    def _adopt(self, unknown: Sequence[tuple[str, bytes]]) -> int:
+        """Finds out which model the jobs of plain RQ clients ask for; the next look takes those that are ours."""
+        if not unknown:
+            return 0
+        return scripts.adopt(
+            self._connection, self._settings.queue, [(job_id, model_of(data)) for job_id, data in unknown]
+        )
+
+    def _ready(self, jobs: Sequence[LeasedJob]) -> None:
+        """Parses and encodes; a bad document fails here, alone."""
+        # All of them first: their leases are renewed while the texts are encoded.
+        for job in jobs:
+            self._held[job.execution_id] = _Held(job)
+        for job in jobs:
+            held = self._held[job.execution_id]
+            try:
+                held.request = parse_request(job)
+                self.inbox.put(build_prompt(held.request, job.execution_id, self._engine, self._settings.over_length))
+            except DocumentError as error:
+                self._settle(self._rows.ended(job, held.request, error))
+            except BaseException as error:
+                # Whatever a tokenizer makes of a text (Rust's panics are no Exceptions), it is this document's end.
+                refusal = PromptRefused(f"{type(error).__name__} while its prompt was built")
+                self._settle(self._rows.ended(job, held.request, refusal))
 
     # --- handing back
 
     def _hand_back_unstarted(self) -> None:
-        """In one go, so that they keep their order: this thread alone reads the inbox now."""
+        """What the engine hasn't taken, in one go, so that it keeps its order."""
         unstarted = []
         with suppress(Empty):
             while True:
@@ -405,13 +371,9 @@ class Courier:
     def _give_up_unknown_leases(self) -> None:
         """Hands back leases whose reply was lost with the connection: nobody would run them."""
         known = set(self.members)
-        raw = cast(set[bytes], self._connection.smembers(keys.worker_executions(self._worker)))
+        raw = cast(set[bytes], self._connection.smembers(keys.worker_executions(self._rows.worker)))
         self._hand_back_members([member for member in map(bytes.decode, raw) if member not in known])
         self._lease_unsure = False
-
-    def _hand_back_all(self) -> None:
-        self._hand_back(list(self._held.values()))
-        self._give_up_unknown_leases()
 
     def _hand_back(self, leases: Sequence[_Held]) -> None:
         self._hand_back_members([held.job.member for held in leases])
@@ -423,11 +385,19 @@ class Courier:
         # with the time of its lease.
         members = sorted(members, key=lambda member: member.partition(":")[2])
         for end in range(len(members), 0, -scripts.CHUNK):
-            part = members[max(0, end - scripts.CHUNK) : end]
             returned = scripts.hand_back(
-                self._connection, self._settings.queue, failure_ttl=self._settings.failure_ttl, members=part
+                self._connection,
+                self._settings.queue,
+                failure_ttl=self._settings.failure_ttl,
+                members=members[max(0, end - scripts.CHUNK) : end],
+                max_attempts=self._max_attempts,
             )
-            logger.info("handed back %d documents", returned.queued, extra={"action": "hand_back"})
+            logger.info(
+                "handed back %d documents, failed %d",
+                returned.queued,
+                returned.dead_lettered,
+                extra={"action": "hand_back"},
+            )
 
 
 def _head(finishes: list[Finish]) -> list[Finish]:

@@ -33,10 +33,11 @@ def feed_continuously(engine: Engine, courier: Courier, first: Prompt, stopping:
     """
     _add(engine, courier, [first])
     while True:
-        if aborted := _drained(courier.aborts):
-            engine.abort(aborted)
         if not stopping():
             _add(engine, courier, _drained(courier.inbox))
+        # After what it adds: a prompt that waited in the inbox may have been cancelled meanwhile.
+        if aborted := _drained(courier.aborts):
+            engine.abort(aborted)
         if engine.has_unfinished():
             for completion in engine.step():
                 courier.post(Completed(completion.prompt_id, completion))

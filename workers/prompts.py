@@ -27,8 +27,13 @@ def parse_request(job: LeasedJob) -> IngestRequest:
     try:
         return IngestRequest.model_validate(payload.argument(job.data))
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
+        reasons = "; ".join(f"{_name(item['loc'])}: {item['msg']}" for item in error.errors()[:5])
         raise InvalidJob(f"job {job.job_id}: not a valid IngestRequest: {reasons}") from None
+
+
+def _name(location: tuple[int | str, ...]) -> str:
+    """A field as it may be logged: a job can name its fields whatever it likes."""
+    return ascii(".".join(map(str, location)))[1:-1][:80]
 
 
 def model_of(data: bytes) -> str:
@@ -50,9 +55,24 @@ def build_prompt(
         PromptTooLong: it doesn't fit, with the output that was asked for.
         PromptRefused: a chat prompt for a model without a chat template.
     """
+    _refuse_far_too_long(request, engine)
     token_ids = _encode(request, engine)
     sampling = fit(request.sampling, len(token_ids), engine.card.max_model_len, over_length)
     return Prompt(prompt_id=prompt_id, token_ids=token_ids, sampling=sampling)
+
+
+# How many times its context a text must exceed before it is refused uncounted: normalization shrinks some texts.
+_FAR = 4
+
+
+def _refuse_far_too_long(request: IngestRequest, engine: Engine) -> None:
+    """Spares the tokenizer, and the documents behind this one, the work of counting what can't fit."""
+    card = engine.card
+    at_least = len(request.text.strip().encode()) // card.max_token_bytes
+    if at_least > _FAR * card.max_model_len:
+        raise PromptTooLong(
+            f"prompt is some {at_least} tokens or more, max_model_len is {card.max_model_len}; split the document"
+        )
 
 
 def _encode(request: IngestRequest, engine: Engine) -> list[int]:

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Ends leases with their results, each fenced by its lease: 0 from the ZREM means that it was lost, and nothing is written.
--- KEYS 1 queue, 2 started (wip), 3 finished, 4 failed, 5 scheduled, 6 the worker, 7 limits
+-- KEYS 1 queue, 2 started (wip), 3 finished, 4 failed, 5 scheduled, 6 the worker
 -- ARGV 1 key prefix, 2 queue name, 3 worker, 4 model, 5 now (ISO), 6 the payload of a finished job,
 --      then per lease: id, execution, kind, ttl (s, -1: for ever), return value (base64), exception (base64, zlib), leased (ms)
 --      kind: S succeeded, F failed (RQ's Retry applies), P failed for good, X stopped
@@ -17,13 +17,6 @@ local function due_in(key)
   if not ok or type(intervals) ~= 'table' then intervals = {} end
   redis.call('HINCRBY', key, 'retries_left', -1)
   return tonumber(intervals[math.max(#intervals - left, 0) + 1]) or 0  -- as rq.job.Job.get_retry_interval
-end
-
-local function expire(ttl, ...)
-  for _, key in ipairs({...}) do
-    if ttl < 0 then redis.call('PERSIST', key) else redis.call('EXPIRE', key, ttl) end
-  end
-  return ttl < 0 and '+inf' or now / 1000 + ttl
 end
 
 local function store(id, execution, type, value, exception, leased)
@@ -49,7 +42,7 @@ for i = 7, #ARGV, 7 do
       else
         redis.call('HSET', key, 'status', 'finished', 'ended_at', iso, 'last_heartbeat', iso, 'data', stub)
         store(id, execution, 1, value, exception, leased)
-        redis.call('ZADD', KEYS[3], expire(ttl, key, results), id)
+        redis.call('ZADD', KEYS[3], expire(ttl, now / 1000, key, results), id)
       end
     else
       failed = failed + 1
@@ -66,7 +59,7 @@ for i = 7, #ARGV, 7 do
         word = kind == 'X' and 'stopped' or 'failed'
         redis.call('HSET', key, 'status', word, 'ended_at', iso, 'last_heartbeat', iso)
         store(id, execution, 2, value, exception, leased)
-        redis.call('ZADD', KEYS[4], expire(ttl, key, results), id)
+        redis.call('ZADD', KEYS[4], expire(ttl, now / 1000, key, results), id)
       end
     end
     if word ~= 'scheduled' and word ~= 'queued' then announce(prefix, groups, id, known_groups) end

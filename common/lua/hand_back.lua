@@ -28,9 +28,7 @@ for _, member in ipairs(members) do
     redis.call('HSET', key, 'status', 'failed', 'ended_at', iso)
     redis.call('XADD', prefix .. ':results:' .. id, 'MAXLEN', 10, '*', 'type', 2, 'worker_name', worker or '',
       'exc_string', ARGV[6], 'execution_id', execution_of(member), 'execution_ended_at', now)
-    redis.call('EXPIRE', prefix .. ':results:' .. id, ttl)
-    redis.call('EXPIRE', key, ttl)
-    redis.call('ZADD', KEYS[3], now + ttl, id)
+    redis.call('ZADD', KEYS[3], expire(ttl, now, key, prefix .. ':results:' .. id), id)
     announce(prefix, f[4], id, known_groups)
   else
     back = back + 1

@@ -8,16 +8,18 @@
 --   leased   per job: id, execution, data, enqueued_ms or '', enqueued_at or '', attempts, result_ttl or '',
 --            failure_ttl or '', name of an RQ feature that isn't served or ''
 --   unknown  per job without a model (a plain RQ client's): id, data. It stays where it is: see adopt.lua
---   gate     what bounds: 'open', 'suspended', 'worker', 'fleet'
+--   gate     what kept jobs in the queue: 'open' (nothing did), 'suspended', 'worker', 'fleet'
 -- The execution id starts with the time and the order of leasing, so that what is handed back keeps its order.
--- Keys of jobs are made here from ids found in the queue, so they can't be passed in KEYS.
+-- An id that RQ would not have made is dropped. Keys of jobs are made here from ids found in the queue, so they can't be passed in KEYS.
 local prefix, queue_name, worker, model = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local want, max_bytes = tonumber(ARGV[5]), tonumber(ARGV[6])
 local first, scan = tonumber(ARGV[12]), tonumber(ARGV[13])
 local time = redis.call('TIME')
 local now_us = time[1] * 1000000 + time[2]
 local now = math.floor(now_us / 1000)
-local gate = 'open'
+local gate, bound = 'open', 'open'
+-- Seconds that RQ's records of an execution last: longer than any lease is held. They go when the lease does.
+local record_ttl = 30 * 86400
 if redis.call('EXISTS', KEYS[5]) == 1 then
   want, gate = 0, 'suspended'
 else
@@ -34,52 +36,66 @@ end
 local leased, unknown, taken, bytes, position = {}, {}, 0, 0, first
 local expiry = now / 1000 + tonumber(ARGV[7]) + tonumber(ARGV[8])
 local ids = want > 0 and redis.call('LRANGE', KEYS[1], first, first + scan - 1) or {}
+
 local function take(id)
   if position == 0 then redis.call('LPOP', KEYS[1]) else redis.call('LREM', KEYS[1], 1, id) end
 end
+
+-- Status and model alone while jobs of other models are in the way: their payloads stay where they are.
+local function look(key)
+  local seen = redis.pcall('HMGET', key, 'status', 'model')
+  if seen.err or seen[1] ~= 'queued' then return nil end
+  return seen[2] and seen[2] ~= model and seen[2] ~= '*' and 'foreign' or 'mine'
+end
+
 for _, id in ipairs(ids) do
   if taken >= want then break end
   local key = prefix .. ':job:' .. id
-  local f = redis.call('HMGET', key, 'status', 'model', 'data', 'enqueued_ms', 'enqueued_at', 'attempts', 'result_ttl',
-    'failure_ttl', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
-    'dependency_ids', 'repeats_left', 'rate_limit_key')
-  if f[1] ~= 'queued' then
+  local seen = string.match(id, '^[%w_-]+$') and (position > 0 and look(key) or 'mine')
+  local f = seen == 'mine' and redis.pcall('HMGET', key, 'status', 'model', 'data', 'enqueued_ms', 'enqueued_at',
+    'attempts', 'result_ttl', 'failure_ttl', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name',
+    'webhooks', 'dependency_ids', 'repeats_left', 'rate_limit_key')
+  if seen == 'foreign' or (f and f[2] and f[2] ~= model and f[2] ~= '*' and f[1] == 'queued') then
+    position = position + 1
+  elseif not f or f.err or f[1] ~= 'queued' then
     take(id)  -- cancelled, deleted or expired, or a second copy of an id that runs already
-  elseif not f[2] then
-    unknown[#unknown + 1] = id
-    unknown[#unknown + 1] = f[3] or ''
-    position = position + 1
-  elseif f[2] ~= model and f[2] ~= '*' then
-    position = position + 1
   else
     bytes = bytes + #(f[3] or '')
-    if taken > 0 and bytes > max_bytes then break end
-    take(id)
-    local refused = ''
-    for i, name in ipairs({'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}) do
-      if f[8 + i] and f[8 + i] ~= '' then refused = name end
-    end
-    local execution = string.format('%014x%04x', now_us, taken) .. ARGV[10]
-    local member = id .. ':' .. execution
-    local attempts = redis.call('HINCRBY', key, 'attempts', 1)
-    redis.call('HSET', key, 'status', 'started', 'started_at', ARGV[11], 'last_heartbeat', ARGV[11], 'worker_name', worker)
-    redis.call('PERSIST', key)
-    redis.call('ZADD', KEYS[2], expiry, member)
-    redis.call('HSET', prefix .. ':execution:' .. member, 'id', execution, 'job_id', id, 'created_at', now / 1000,
-      'last_heartbeat', now / 1000, 'worker_name', worker)
-    redis.call('EXPIRE', prefix .. ':execution:' .. member, 86400)
-    redis.call('ZADD', prefix .. ':executions:' .. id, now / 1000 + 86400, execution)
-    redis.call('EXPIRE', prefix .. ':executions:' .. id, 86400)
-    redis.call('SADD', KEYS[3], member)
-    taken = taken + 1
-    for _, value in ipairs({id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}) do
-      leased[#leased + 1] = value
+    if bytes > max_bytes and (taken > 0 or #unknown > 0) then break end
+    if not f[2] then
+      unknown[#unknown + 1] = id
+      unknown[#unknown + 1] = f[3] or ''
+      position = position + 1
+    else
+      local refused = ''
+      for i, name in ipairs({'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}) do
+        if f[8 + i] and f[8 + i] ~= '' then refused = name end
+      end
+      local execution = string.format('%014x%04x', now_us, taken) .. ARGV[10]
+      local member = id .. ':' .. execution
+      local attempts = (tonumber(f[6]) or 0) + 1
+      take(id)
+      redis.call('HSET', key, 'status', 'started', 'started_at', ARGV[11], 'last_heartbeat', ARGV[11],
+        'worker_name', worker, 'attempts', attempts)
+      redis.call('PERSIST', key)
+      redis.call('ZADD', KEYS[2], expiry, member)
+      redis.call('HSET', prefix .. ':execution:' .. member, 'id', execution, 'job_id', id, 'created_at', now / 1000,
+        'last_heartbeat', now / 1000, 'worker_name', worker)
+      redis.call('EXPIRE', prefix .. ':execution:' .. member, record_ttl)
+      redis.call('ZADD', prefix .. ':executions:' .. id, now / 1000 + record_ttl, execution)
+      redis.call('EXPIRE', prefix .. ':executions:' .. id, record_ttl)
+      redis.call('SADD', KEYS[3], member)
+      taken = taken + 1
+      for _, value in ipairs({id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}) do
+        leased[#leased + 1] = value
+      end
     end
   end
 end
 local length = redis.call('LLEN', KEYS[1])
+if gate == 'suspended' or length > 0 and taken >= want then bound = gate end
 if taken > 0 then
-  redis.call('EXPIRE', KEYS[3], 86400)
-  if length > 0 and gate ~= 'fleet' then wake(prefix, queue_name, model) end
+  redis.call('EXPIRE', KEYS[3], record_ttl)
+  if length > 0 and bound ~= 'fleet' then wake(prefix, queue_name, model) end
 end
-return {leased, unknown, gate, length, now, position}
+return {leased, unknown, bound, length, now, position}

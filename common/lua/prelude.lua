@@ -15,6 +15,11 @@ local function execution_of(member)
   return string.sub(member, string.find(member, ':', 1, true) + 1)
 end
 
+-- A job of this status will still end: enqueueing it again joins it, cancelling it ends it.
+local function is_live(status)
+  return status == 'queued' or status == 'started' or status == 'scheduled' or status == 'deferred'
+end
+
 -- Removes every trace of a lease. Returns 1 if it was held, 0 if it had been lost: this ZREM is the fence.
 local function drop_lease(prefix, started, member, worker)
   local held = redis.call('ZREM', started, member)
@@ -22,6 +27,14 @@ local function drop_lease(prefix, started, member, worker)
   redis.call('ZREM', prefix .. ':executions:' .. job_of(member), execution_of(member))
   if worker then redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', member) end
   return held
+end
+
+-- Gives keys `ttl` seconds to live, -1 for ever; returns the score of the registry that their job goes to.
+local function expire(ttl, now, ...)
+  for _, key in ipairs({...}) do
+    if ttl < 0 then redis.call('PERSIST', key) else redis.call('EXPIRE', key, ttl) end
+  end
+  return ttl < 0 and '+inf' or now + ttl
 end
 
 -- Leaves one token for the idle workers of a model; a worker that takes work and leaves some passes it on.

@@ -7,7 +7,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from redis import Redis
@@ -16,7 +18,7 @@ from rq.command import send_stop_job_command
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from ingestq.common import keys
+from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.limits import AdmissionLimits, write_limits
 from ingestq.common.schema import Status
@@ -183,20 +185,45 @@ def test_a_closed_gate_makes_the_worker_wait_not_spin(server: EmbeddedServer, re
 
     with WorkerProcess(server.url, tmp_path, name="a", **FAST):
         calls = lambda: redis.info("commandstats")["cmdstat_evalsha"]["calls"]  # noqa: E731
-        before, ticks = calls(), redis.info("stats")["total_commands_processed"]
-        wait_until(lambda: calls() > before + 6, "the worker still looks")
-        # Each look is a handful of commands; a spinning worker would make thousands before its seventh script call.
-        assert redis.info("stats")["total_commands_processed"] - ticks < 2000
+        seconds = lambda: redis.time()[0]  # noqa: E731
+        before, start = calls(), seconds()
+        wait_until(lambda: seconds() >= start + 4, "time passes, by the server's clock")
+        # A look every second, and the housekeeper's few. One that spins makes thousands a second, however slow the
+        # machine.
+        assert calls() - before < 60 * (seconds() - start)
+        assert calls() > before
         assert statuses(redis, job_ids) == ["queued"]
         write_limits(redis, QUEUE, AdmissionLimits())
         wait_until(lambda: statuses(redis, job_ids) == ["finished"], "an opened gate lets the document through")
 
 
-def test_one_document_wakes_one_idle_worker(redis: Redis) -> None:
-    put(redis, [request(0), request(1)])
-    put(redis, [request(2)])
+def test_one_document_wakes_one_idle_worker(server: EmbeddedServer, redis: Redis) -> None:
+    """Idle workers wait for a token as these threads do; a worker that leaves work behind passes it on."""
+    woken: SimpleQueue[bytes] = SimpleQueue()
 
-    assert redis.llen(keys.wake(QUEUE, "sim")) == 1
+    def idle() -> None:
+        with Redis.from_url(server.url) as client:
+            if client.blpop([keys.wake(QUEUE, "sim")], timeout=30):
+                woken.put(b"woken")
+
+    threads = [threading.Thread(target=idle, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: redis.info("clients")["blocked_clients"] == 4, "all are idle")
+    put(redis, [request(0)])
+    woken.get(timeout=30)
+    assert redis.info("clients")["blocked_clients"] == 3
+
+    # The second and third document leave one token between them, and the worker that takes the second leaves another.
+    put(redis, [request(1), request(2), request(3)])
+    woken.get(timeout=30)
+    assert redis.info("clients")["blocked_clients"] == 2
+    options = {"worker": "w", "model": "sim", "lease_ttl": 60, "max_in_flight_fleet": 0, "call_id": "0" * 14}
+    scripts.lease(redis, QUEUE, want=2, **options)
+    woken.get(timeout=30)
+    assert redis.info("clients")["blocked_clients"] == 1
+    scripts.lease(redis, QUEUE, want=9, **options)
+    assert redis.llen(keys.wake(QUEUE, "sim")) == 0
 
 
 def test_a_cancelled_document_is_aborted_in_the_engine(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
@@ -230,28 +257,25 @@ def test_malformed_commands_do_not_stop_the_worker(server: EmbeddedServer, redis
         assert worker.wait() == 0
 
 
-def test_failures_are_retried_after_their_interval_without_a_scheduler(
+def test_retries_wait_their_interval_and_need_no_scheduler(
     server: EmbeddedServer, redis: Redis, tmp_path: Path
 ) -> None:
-    """A lost connection to the engine's side is simulated by the scripts: the second half of finish.lua."""
-    from ingestq.common import scripts
-
-    job_ids = put(redis, [request(0)], retries=2, retry_intervals_json="[1,3600]")
-    assert rq_job(redis, job_ids[0]).retries_left == 2
-    for _ in range(2):
-        wait_until(lambda: scripts.promote(redis, QUEUE) or redis.llen(keys.queue(QUEUE)), "the retry is due")
-        reply = scripts.lease(
-            redis, QUEUE, worker="w", model="sim", want=1, lease_ttl=60, max_in_flight_fleet=0, call_id="0" * 14
-        )
-        item = scripts.Finish(job=reply.jobs[0], kind="F", ttl=60, result_json=b"{}", exception="EngineError: no")
-        assert scripts.finish(redis, QUEUE, worker="w", model="sim", finishes=[item]) == ["scheduled"]
-        assert statuses(redis, job_ids) == ["scheduled"]
-    # The second interval is an hour: made due now, a running worker finds it by itself.
-    redis.zadd(keys.scheduled(QUEUE), {job_ids[0]: 1})
+    job_ids = put(redis, [request(0)], retries=2, retry_intervals_json="[3600]")
+    reply = scripts.lease(
+        redis, QUEUE, worker="w", model="sim", want=1, lease_ttl=60, max_in_flight_fleet=0, call_id="0" * 14
+    )
+    item = scripts.Finish(job=reply.jobs[0], kind="F", ttl=60, result_json=b"{}", exception="EngineError: no")
+    assert scripts.finish(redis, QUEUE, worker="w", model="sim", finishes=[item]) == ["scheduled"]
+    assert redis.zscore(keys.scheduled(QUEUE), job_ids[0]) > redis.time()[0] + 3500
+    assert rq_job(redis, job_ids[0]).retries_left == 1
 
     with WorkerProcess(server.url, tmp_path, name="a", **FAST):
+        other = put(redis, [request(1)])
+        wait_until(lambda: statuses(redis, other) == ["finished"], "the worker works")
+        assert statuses(redis, job_ids) == ["scheduled"]
+        redis.zadd(keys.scheduled(QUEUE), {job_ids[0]: 1})  # the hour is over
         wait_until(lambda: statuses(redis, job_ids) == ["finished"], "the retried document is finished")
-    assert row(redis, job_ids[0]).attempts == 3
+    assert row(redis, job_ids[0]).attempts == 2
 
 
 def test_rq_retry_of_a_plain_client_is_kept(server: EmbeddedServer, redis: Redis) -> None:
@@ -328,8 +352,6 @@ def test_a_killed_workers_documents_are_taken_over(server: EmbeddedServer, redis
 
 
 def test_a_document_that_loses_every_worker_is_dead_lettered(redis: Redis) -> None:
-    from ingestq.common import scripts
-
     job_ids = put(redis, [request(0)], group_id="g")
     for attempt in range(1, 4):
         reply = scripts.lease(
@@ -346,8 +368,6 @@ def test_a_document_that_loses_every_worker_is_dead_lettered(redis: Redis) -> No
 
 
 def test_a_late_result_is_fenced(redis: Redis) -> None:
-    from ingestq.common import scripts
-
     job_ids = put(redis, [request(0)])
     options = {"worker": "w", "model": "sim", "want": 1, "max_in_flight_fleet": 0}
     late = scripts.lease(redis, QUEUE, lease_ttl=-1, call_id="0" * 14, **options).jobs[0]

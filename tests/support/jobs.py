@@ -10,7 +10,7 @@ from rq.job import Job
 
 from ingestq.common import payload, scripts
 from ingestq.common.schema import IngestRequest, IngestResult, Sampling, job_id
-from ingestq.common.scripts import FetchedJob, NewJob
+from ingestq.common.scripts import EnqueueOptions, FetchedJob, NewJob
 from ingestq.common.serializer import OrjsonSerializer
 
 QUEUE = "ingest"
@@ -36,8 +36,9 @@ def put(redis: Redis, requests: Sequence[IngestRequest], **options: Any) -> list
     """Enqueues in chunks; returns the job ids."""
     jobs = [new_job(item) for item in requests]
     defaults = {"group_ttl": 3600, "result_ttl": 3600, "failure_ttl": 3600}
+    chosen = EnqueueOptions(**{**defaults, **options})
     for start in range(0, len(jobs), scripts.CHUNK):
-        scripts.enqueue(redis, QUEUE, jobs[start : start + scripts.CHUNK], **{**defaults, **options})
+        scripts.enqueue(redis, QUEUE, jobs[start : start + scripts.CHUNK], chosen)
     return [job.job_id for job in jobs]
 
 

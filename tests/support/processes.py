@@ -55,16 +55,26 @@ class WorkerProcess:
     """`rq worker -w ingestq.workers.BatchWorker QUEUE`, started and, at the end, killed."""
 
     def __init__(
-        self, url: str, folder: Path, *options: str, name: str, queue: str = "ingest", **settings: str
+        self,
+        url: str,
+        folder: Path,
+        *options: str,
+        name: str,
+        queue: str = "ingest",
+        worker: str = "ingestq.workers.BatchWorker",
+        **settings: str,
     ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._command = [str(BIN / "rq"), "worker", "-w", "ingestq.workers.BatchWorker", "-n", name, *options, queue]
+        self._command = [str(BIN / "rq"), "worker", "-w", worker, "-n", name, *options, queue]
         self._environment = environment(url, {**SIMULATED, **settings})
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def __enter__(self) -> Self:
+        self.start()
         wait_until(lambda: "ready on" in self.output or self.process.poll() is not None, "the worker is ready")
         return self
 
