@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from .errors import QueueUnavailable
 
@@ -31,11 +33,21 @@ def connect(url: str) -> Redis:
     from redis import ConnectionPool, Redis
     from redis.exceptions import RedisError
 
+    shown = without_password(url)
     try:
-        client = Redis(connection_pool=ConnectionPool.from_url(url, **_options()))
+        if not _is_regular(url):
+            raise ValueError
+        pool = ConnectionPool.from_url(url, **_options(network=not url.startswith("unix:")))
+    except ValueError:  # its message may quote a part of the password
+        raise QueueUnavailable(
+            f"Redis at {shown}: not a URL like redis://user:password@host:6379/0, rediss://... or unix:///path?db=0; "
+            f"characters like / ? # @ in a password are written as %2F %3F %23 %40. Set RQ_REDIS_URL or --url"
+        ) from None
+    client = Redis(connection_pool=pool)
+    try:
         client.ping()
-    except (RedisError, ValueError) as error:
-        raise QueueUnavailable(f"Redis at {without_password(url)}: {error}; set RQ_REDIS_URL or --url") from None
+    except RedisError as error:
+        raise QueueUnavailable(f"Redis at {shown}: {error}; set RQ_REDIS_URL or --url") from None
     return client
 
 
@@ -44,18 +56,19 @@ def sibling(client: Redis) -> Redis:
 
     For callers that must know of every dropped connection: a lease call whose answer was lost has leased jobs.
     """
-    from redis import ConnectionPool, Redis
+    from redis import ConnectionPool, Redis, UnixDomainSocketConnection
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
     pool = client.connection_pool
-    options: dict[str, Any] = {**pool.connection_kwargs, **_options(), "retry": Retry(NoBackoff(), 0)}
+    network = not issubclass(pool.connection_class, UnixDomainSocketConnection)
+    options: dict[str, Any] = {**pool.connection_kwargs, **_options(network=network), "retry": Retry(NoBackoff(), 0)}
     for internal in ("maint_notifications_pool_handler", "maint_notifications_config", "event_dispatcher"):
         options.pop(internal, None)
     return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **options))
 
 
-def _options() -> dict[str, Any]:
+def _options(*, network: bool) -> dict[str, Any]:
     from redis.backoff import ExponentialWithJitterBackoff
     from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
     from redis.retry import Retry
@@ -63,7 +76,7 @@ def _options() -> dict[str, Any]:
     return {
         "socket_timeout": SOCKET_TIMEOUT,
         "socket_connect_timeout": CONNECT_TIMEOUT,
-        "socket_keepalive": True,
+        **({"socket_keepalive": True} if network else {}),  # a Unix socket's connection refuses the argument
         "health_check_interval": 30,
         "retry": Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), retries=3),
         "retry_on_error": [ConnectionError, TimeoutError, BusyLoadingError],
@@ -102,9 +115,26 @@ def persist(operation: Callable[[], T], *, patience: float | None) -> T:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    """The URL as it may be shown: scheme, host, port and path; what can't be told from a password becomes "..."."""
+    scheme, separator, rest = url.rpartition("://")
+    shown = rest.partition("?")[0].rpartition("@")[2]
+    if not _is_regular(url) or not _SHOWABLE.fullmatch(shown):
+        shown = "..."
+    return f"{scheme if _SHOWABLE.fullmatch(scheme) else '...'}{separator}{shown}"
+
+
+# A host, if any, with its port and path; ":secret" is not among them.
+_SHOWABLE = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])?(?:(?<=.):\d{1,5})?(?:/[^@?]*)?")
+
+
+def _is_regular(url: str) -> bool:
+    """Nothing that looks like the rest of a password stands where the path or query should."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    in_path = "@" in parts.path and parts.netloc != ""  # a Unix socket's path may have one
+    return not in_path and "@" not in parts.query.partition("=")[0] and parts.fragment == ""
 
 
 def durability_warnings(client: Redis) -> list[str]:

@@ -15,7 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from .errors import IngestqError
+from .errors import ServerStartError
 
 # The server's durability and memory settings are those of deploy/redis.conf; small stream nodes keep trimming exact.
 DEFAULT_OPTIONS: Mapping[str, str] = {
@@ -30,10 +30,6 @@ DEFAULT_OPTIONS: Mapping[str, str] = {
 # file means that we are gone, however we went, and the server is killed; a line means that it was stopped properly.
 # PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the server ends.
 _RUN_WHILE_OWNER_LIVES = 'exec 3<&0; (read -r _ <&3 || kill -9 $$) & exec "$@" 3<&- </dev/null'
-
-
-class ServerStartError(IngestqError):
-    """The embedded server could not be started."""
 
 
 class EmbeddedServer:

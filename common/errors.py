@@ -40,6 +40,10 @@ class QueueUnavailable(IngestqError):
         self.accepted = list(accepted)
 
 
+class ServerStartError(IngestqError):
+    """The embedded server could not be started."""
+
+
 class UnknownGroup(IngestqError):
     """No group of that name is in Redis: never created, or expired."""
 

@@ -5,15 +5,15 @@ RQ's own keys, in RQ's own formats:
 | key | type | members | TTL | writer |
 |---|---|---|---|---|
 | {p}:queues | set | queue keys | none | enqueue |
-| {p}:queue:Q | list | job ids, head first | none | enqueue, finish (retry), hand_back, promote |
-| {p}:job:ID | hash | RQ's fields, and ours: model, enqueued_ms, attempts, groups | result_ttl or failure_ttl once terminal | enqueue, lease, finish, hand_back |
-| {p}:wip:Q | zset | "ID:EXECUTION", score: expiry + STOCK_GRACE (s) | none | lease, renew, finish, hand_back |
-| {p}:execution:ID:EXECUTION | hash | RQ's execution record | one day | lease |
-| {p}:executions:ID | zset | execution ids of a job | one day | lease |
-| {p}:worker:W, {p}:workers | hash, set | RQ's worker record | RQ's | RQ, renew |
-| {p}:worker:W:executions | set | "ID:EXECUTION" that W holds | one day | lease, finish, hand_back |
-| {p}:finished:Q, failed:Q, canceled:Q | zset | job ids, score: expiry (s) | none | finish, hand_back, cancel |
-| {p}:scheduled:Q | zset | job ids, score: due (s) | none | finish (retry with an interval) |
+| {p}:queue:Q | list | job ids, head first | none | enqueue, lease, finish (retry), hand_back, promote |
+| {p}:job:ID | hash | RQ's fields, and ours: model, enqueued_ms, attempts, groups | result_ttl or failure_ttl once terminal | enqueue, adopt, lease, finish, hand_back, promote, cancel |
+| {p}:wip:Q | zset | "ID:EXECUTION", score: expiry + STOCK_GRACE (s) | none | lease, renew, finish, hand_back, cancel |
+| {p}:execution:ID:EXECUTION | hash | RQ's execution record | 30 days, gone with the lease | lease, finish, hand_back, cancel |
+| {p}:executions:ID | zset | execution ids of a job | 30 days, gone with the lease | lease, finish, hand_back, cancel |
+| {p}:worker:W, {p}:workers | hash, set | RQ's worker record | RQ's | RQ, renew, housekeeper |
+| {p}:worker:W:executions | set | "ID:EXECUTION" that W holds | 30 days, renewed | lease, renew, finish, hand_back, cancel |
+| {p}:finished:Q, failed:Q, canceled:Q | zset | job ids, score: expiry (s) | none | enqueue, finish, hand_back, cancel, housekeeper (removes expired) |
+| {p}:scheduled:Q | zset | job ids, score: due (s) | none | finish (retry with an interval), promote, cancel |
 | {p}:results:ID | stream | RQ results, newest last | result_ttl or failure_ttl | finish, hand_back |
 | {p}:suspended | string | set by `rq suspend` | RQ's | RQ |
 
@@ -23,7 +23,7 @@ Ours:
 |---|---|---|---|---|
 | {p}:ingest:limits:Q | hash | max_in_flight, max_in_flight_fleet | none | limits |
 | {p}:ingest:engines:Q | hash | worker name -> engine card (JSON) | one day | engine_card |
-| {p}:ingest:wake:Q:M | list | at most one token: work for model digest M waits | one hour | enqueue, lease, finish, hand_back |
+| {p}:ingest:wake:Q:M | list | at most one token: work for model digest M waits | one hour | enqueue, adopt, lease, finish, hand_back, promote |
 | {p}:ingest:group:G | hash | queue, ttl, created_ms, seen_ms, sealed_ms, next_rank | group_ttl | enqueue, touch_group |
 | {p}:ingest:group:G:members | zset | "ID:DOCUMENT_ID", score: order of submission | group_ttl | enqueue |
 | {p}:ingest:group:G:done | stream | field j: id of a member that became terminal; d: its document, where a reader's sweep found it | group_ttl | enqueue, finish, hand_back, cancel, iter_results |

@@ -23,6 +23,8 @@ DocumentId = Annotated[
 ModelName = Annotated[
     str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")
 ]
+# JSON libraries differ beyond 64 bits, and orjson refuses to write more.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -51,7 +53,7 @@ class Sampling(_Record):
     min_tokens: int | None = Field(default=None, ge=0, le=1_000_000)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     # -1 and 0 are "all tokens".
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
@@ -108,10 +110,10 @@ class Status(StrEnum):
 class Usage(_Record):
     """Tokens of one document."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: Count = 0
     # Prompt tokens taken from the prefix cache.
-    cached_tokens: int = 0
-    output_tokens: int = 0
+    cached_tokens: Count = 0
+    output_tokens: Count = 0
 
 
 class IngestResult(_Record):
@@ -132,7 +134,7 @@ class IngestResult(_Record):
     # Milliseconds from the engine's add_request to the last output token.
     run_ms: float | None = None
     # How often a worker leased it, hand-backs not counted.
-    attempts: int = 0
+    attempts: Count = 0
     worker: str | None = None
     model: str | None = None
     # Digest of the engine's settings and version: rows with the same one are comparable.

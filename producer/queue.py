@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, cast
@@ -311,20 +310,17 @@ class _Ahead:
         self._queue = queue
         self._options = options
         self._accepted = accepted
+        # Of its own, because it is in use while the source is read.
+        self._connection = sibling(queue.connection)
         # The chunk that is under way, and what waits for its answer; None where it could not be sent.
         self._chunk: list[NewJob] | None = None
         self._answer: Callable[[], list[int]] | None = None
 
-    @cached_property
-    def _connection(self) -> Redis:
-        # Of its own, because the one that waits for an answer is in use while the source is read.
-        return sibling(self._queue.connection)
-
     def send(self, chunk: list[NewJob], *, wait: bool) -> None:
-        """Sends a chunk after the one before it was accepted.
+        """Sends a chunk once the one before it is accepted.
 
         Args:
-            wait: until it is accepted. A slow source's chunk has to: its failure would be noticed with the next.
+            wait: return when this one is accepted as well; for a slow source, whose next chunk may be long in coming.
         """
         from redis.exceptions import RedisError
 
@@ -347,7 +343,7 @@ class _Ahead:
         if self._answer:
             with suppress(RedisError):
                 outcomes = self._answer()
-        # Otherwise again, with patience: it repeats nothing, and tells of what is wrong.
+        # Otherwise once more, with patience: that repeats nothing, and tells what is wrong.
         self._accepted.add(chunk, outcomes or self._queue._send(chunk, self._options))
 
     def __enter__(self) -> Self:
@@ -360,7 +356,7 @@ class _Ahead:
             if kind is None or issubclass(kind, Exception):
                 self.settle()
         finally:
-            self._connection.close()
+            self._connection.connection_pool.disconnect()
 
 
 @contextmanager

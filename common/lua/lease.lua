@@ -33,12 +33,23 @@ else
     if left < want then want, gate = left, 'fleet' end
   end
 end
-local leased, unknown, taken, bytes, position = {}, {}, 0, 0, first
+local leased, unknown, taken, bytes, position, heads = {}, {}, 0, 0, first, 0
 local expiry = now / 1000 + tonumber(ARGV[7]) + tonumber(ARGV[8])
 local ids = want > 0 and redis.call('LRANGE', KEYS[1], first, first + scan - 1) or {}
 
+local function pop_heads()
+  if heads > 0 then redis.call('LPOP', KEYS[1], heads) end
+  heads = 0
+end
+
+-- Out of the queue. Those at its head go together, before the first that stays: LREM would find a second copy of them.
 local function take(id)
-  if position == 0 then redis.call('LPOP', KEYS[1]) else redis.call('LREM', KEYS[1], 1, id) end
+  if position == 0 then heads = heads + 1 else redis.call('LREM', KEYS[1], 1, id) end
+end
+
+local function skip()
+  pop_heads()
+  position = position + 1
 end
 
 -- Status and model alone while jobs of other models are in the way: their payloads stay where they are.
@@ -56,7 +67,7 @@ for _, id in ipairs(ids) do
     'attempts', 'result_ttl', 'failure_ttl', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name',
     'webhooks', 'dependency_ids', 'repeats_left', 'rate_limit_key')
   if seen == 'foreign' or (f and f[2] and f[2] ~= model and f[2] ~= '*' and f[1] == 'queued') then
-    position = position + 1
+    skip()
   elseif not f or f.err or f[1] ~= 'queued' then
     take(id)  -- cancelled, deleted or expired, or a second copy of an id that runs already
   else
@@ -65,7 +76,7 @@ for _, id in ipairs(ids) do
     if not f[2] then
       unknown[#unknown + 1] = id
       unknown[#unknown + 1] = f[3] or ''
-      position = position + 1
+      skip()
     else
       local refused = ''
       for i, name in ipairs({'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}) do
@@ -77,7 +88,7 @@ for _, id in ipairs(ids) do
       take(id)
       redis.call('HSET', key, 'status', 'started', 'started_at', ARGV[11], 'last_heartbeat', ARGV[11],
         'worker_name', worker, 'attempts', attempts)
-      redis.call('PERSIST', key)
+      if not f[4] then redis.call('PERSIST', key) end  -- a plain RQ client may have given it a time to wait
       redis.call('ZADD', KEYS[2], expiry, member)
       redis.call('HSET', prefix .. ':execution:' .. member, 'id', execution, 'job_id', id, 'created_at', now / 1000,
         'last_heartbeat', now / 1000, 'worker_name', worker)
@@ -92,6 +103,7 @@ for _, id in ipairs(ids) do
     end
   end
 end
+pop_heads()
 local length = redis.call('LLEN', KEYS[1])
 if gate == 'suspended' or length > 0 and taken >= want then bound = gate end
 if taken > 0 then

@@ -23,8 +23,12 @@ end
 -- Removes every trace of a lease. Returns 1 if it was held, 0 if it had been lost: this ZREM is the fence.
 local function drop_lease(prefix, started, member, worker)
   local held = redis.call('ZREM', started, member)
-  redis.call('DEL', prefix .. ':execution:' .. member)
-  redis.call('ZREM', prefix .. ':executions:' .. job_of(member), execution_of(member))
+  if held == 1 then
+    redis.call('DEL', prefix .. ':execution:' .. member, prefix .. ':executions:' .. job_of(member))
+  else  -- another lease of the job may be in those records
+    redis.call('DEL', prefix .. ':execution:' .. member)
+    redis.call('ZREM', prefix .. ':executions:' .. job_of(member), execution_of(member))
+  end
   if worker then redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', member) end
   return held
 end

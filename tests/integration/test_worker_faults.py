@@ -299,3 +299,16 @@ def test_results_written_at_the_last_moment_are_not_handed_back(redis: Redis) ->
     assert statuses(redis, job_ids) == ["finished", "queued"]
     assert rq_job(redis, job_ids[1]).get_status() == "queued"
     assert redis.hget(keys.job(job_ids[1]), "attempts") == b"0"
+
+
+def test_a_second_copy_of_an_id_costs_no_other_its_place(redis: Redis) -> None:
+    """A cancelled and re-enqueued document is twice in the queue's list, here around another model's."""
+    (mine,) = put(redis, [request(0)])
+    (other,) = put(redis, [request(1, model="other")])
+    redis.rpush(keys.queue(QUEUE), mine, mine)
+    (last,) = put(redis, [request(2)])
+
+    leased = [job.job_id for job in lease(redis, want=10)]
+
+    assert leased == [mine, last]
+    assert redis.lrange(keys.queue(QUEUE), 0, -1) == [other.encode()]
