@@ -6,7 +6,7 @@ RQ's own keys, in RQ's own formats:
 |---|---|---|---|---|
 | {p}:queues | set | queue keys | none | enqueue |
 | {p}:queue:Q | list | job ids, head first | none | enqueue, lease, finish (retry), hand_back, promote |
-| {p}:job:ID | hash | RQ's fields, and ours: model, enqueued_ms, attempts, groups | result_ttl or failure_ttl once terminal | enqueue, adopt, lease, finish, hand_back, promote, cancel |
+| {p}:job:ID | hash | RQ's fields, and ours: model, enqueued_ms, attempts, groups (group ids; "(lone)": submitted alone) | result_ttl or failure_ttl once terminal | enqueue, adopt, lease, finish, hand_back, promote, cancel |
 | {p}:wip:Q | zset | "ID:EXECUTION", score: expiry + STOCK_GRACE (s) | none | lease, renew, finish, hand_back, cancel |
 | {p}:execution:ID:EXECUTION | hash | RQ's execution record | 30 days, gone with the lease | lease, finish, hand_back, cancel |
 | {p}:executions:ID | zset | execution ids of a job | 30 days, gone with the lease | lease, finish, hand_back, cancel |

@@ -23,8 +23,8 @@ DocumentId = Annotated[
 ModelName = Annotated[
     str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")
 ]
-# JSON libraries differ beyond 64 bits, and orjson refuses to write more.
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+# What JSON libraries agree on; orjson refuses to write more.
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -58,7 +58,7 @@ class Sampling(_Record):
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     repetition_penalty: float | None = Field(default=None, gt=0.0, le=100.0)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    seed: Int64 | None = None
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] | None = Field(
         default=None, max_length=16
     )
@@ -110,10 +110,10 @@ class Status(StrEnum):
 class Usage(_Record):
     """Tokens of one document."""
 
-    prompt_tokens: Count = 0
+    prompt_tokens: Int64 = 0
     # Prompt tokens taken from the prefix cache.
-    cached_tokens: Count = 0
-    output_tokens: Count = 0
+    cached_tokens: Int64 = 0
+    output_tokens: Int64 = 0
 
 
 class IngestResult(_Record):
@@ -134,7 +134,7 @@ class IngestResult(_Record):
     # Milliseconds from the engine's add_request to the last output token.
     run_ms: float | None = None
     # How often a worker leased it, hand-backs not counted.
-    attempts: Count = 0
+    attempts: Int64 = 0
     worker: str | None = None
     model: str | None = None
     # Digest of the engine's settings and version: rows with the same one are comparable.

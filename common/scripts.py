@@ -68,7 +68,7 @@ def _start(connection: Redis, name: str, keys_: Sequence[str], args: Sequence[An
             pool.release(link)
 
     try:
-        link.send_command("EVAL", source, len(keys_), *keys_, *args)
+        link.send_command("EVAL", source, len(keys_), *keys_, *args)  # type: ignore[no-untyped-call]
     except BaseException:
         pool.release(link)
         raise
@@ -451,7 +451,7 @@ def _fetched(job_id: str, fields: Sequence[bytes]) -> FetchedJob:
         return_value=b64decode(value) if value else None,
         exception=unpack_exception(exception) if exception else None,
         worker=worker.decode(errors="replace") or None,
-        attempts=_int(attempts) or 0,
+        attempts=max(0, min(_int(attempts) or 0, 2**63 - 1)),
         data=data,
     )
 

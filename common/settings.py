@@ -21,6 +21,9 @@ from .errors import SettingsError
 _PREFIX = "INGEST_"
 _ENGINE_PREFIX = "INGEST_ENGINE_"
 
+# Seconds: ten years. Redis would refuse some 292 million, in the middle of a script.
+_MAX_TTL = 10 * 365 * 86400
+
 
 class Settings(BaseModel):
     """All settings of producer and worker; one environment variable each."""
@@ -41,11 +44,11 @@ class Settings(BaseModel):
     # UTF-8 bytes of one document's text. A 64 KB text costs 97 KB in Redis (measured, notes on RQ).
     max_text_bytes: int = Field(default=65536, ge=1, le=16 * 1024 * 1024)
     # Seconds that a finished row is kept: 7 days.
-    result_ttl: int = Field(default=7 * 86400, ge=1)
+    result_ttl: int = Field(default=7 * 86400, ge=1, le=_MAX_TTL)
     # Seconds that a failed document is kept: one year, as in RQ.
-    failure_ttl: int = Field(default=365 * 86400, ge=1)
+    failure_ttl: int = Field(default=365 * 86400, ge=1, le=_MAX_TTL)
     # Seconds that a group's membership outlives its last change: 30 days.
-    group_ttl: int = Field(default=30 * 86400, ge=60)
+    group_ttl: int = Field(default=30 * 86400, ge=60, le=_MAX_TTL)
 
     # --- worker
     engine: Literal["vllm", "simulated"] = "vllm"
@@ -59,7 +62,7 @@ class Settings(BaseModel):
     # always has a successor waiting in the engine.
     max_in_flight: int = Field(default=0, ge=0, le=4096)
     # Documents leased over all workers of the queue. 0: no bound.
-    max_in_flight_fleet: int = Field(default=0, ge=0)
+    max_in_flight_fleet: int = Field(default=0, ge=0, le=2**31 - 1)
     # Seconds after which the lease of a lost worker is taken over.
     lease_ttl: float = Field(default=60.0, ge=1.0, le=3600.0)
     # Leases that a document may lose with its worker before it is failed.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +31,9 @@ from ..common.errors import (
 from ..common.schema import Sampling, Status
 from ..common.settings import Settings
 from .documents import read_documents
+from .group import new_group_id
 from .progress import printable, progress
-from .queue import IngestQueue
+from .queue import MAX_RETRIES, IngestQueue
 from .results import iter_results
 
 if TYPE_CHECKING:
@@ -169,7 +170,9 @@ class _Retry:
 @click.option("--max-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Output at most.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0: greedy.")
 @click.option("--no-chat", is_flag=True, help="Send the text as it is, without the model's chat template.")
-@click.option("--retry", type=click.IntRange(min=1), metavar="N", help="Attempts more for a document that fails.")
+@click.option(
+    "--retry", type=click.IntRange(1, MAX_RETRIES), metavar="N", help="More attempts for a document that fails."
+)
 @click.option(
     "--retry-interval",
     type=click.IntRange(min=0),
@@ -202,6 +205,7 @@ def enqueue(
         raise click.UsageError("--retry-interval needs --retry")
     session = _open(url, queue)
     _warn(session)
+    group = new_group_id(session.settings.queue) if group is None else group
     refused = 0
 
     def on_refused(refusal: RequestRefused) -> None:
@@ -209,23 +213,31 @@ def enqueue(
         refused += 1
         _say(f"refused: {refusal}")
 
+    try:
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    except ValidationError as error:  # click lets a temperature of nan pass
+        raise click.UsageError(error.errors()[0]["msg"]) from None
     requests = read_documents(
         paths,
         model=model or session.settings.served_model,
-        sampling=Sampling(max_tokens=max_tokens, temperature=temperature),
+        sampling=sampling,
         system=system,
         instruction=instruction,
         chat=not no_chat,
         on_refused=on_refused,
     )
-    with progress("enqueue") as report:
-        done = session.queue.enqueue_many(
-            requests,
-            group_id=group,
-            retry=_Retry(max=retry, intervals=list(retry_interval) or [0]) if retry else None,
-            on_refused=on_refused,
-            on_progress=lambda accepted: report(accepted, None),
-        )
+    try:
+        with progress("enqueue") as report:
+            done = session.queue.enqueue_many(
+                requests,
+                group_id=group,
+                retry=_Retry(max=retry, intervals=list(retry_interval) or [0]) if retry else None,
+                on_refused=on_refused,
+                on_progress=lambda accepted: report(accepted, None),
+            )
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command with --group {group} completes the group and repeats nothing")
+        raise
     _say(
         f"group {done.id}: {done.num_enqueued} new, {done.num_joined} already queued or running, "
         f"{done.num_finished} already finished, {refused} refused"
@@ -247,7 +259,9 @@ def results(
     group_id: str, follow: bool, timeout: float | None, output: str | None, url: str | None, queue: str | None
 ) -> None:
     """Prints the rows of a group as JSON lines, each document once, in the order in which they ended."""
-    group = _open(url, queue).queue.group(group_id)
+    session = _open(url, queue)
+    _warn(session)
+    group = session.queue.group(group_id)
     num_rows = num_bad = 0
     outstanding: ResultTimeout | None = None
     rows = iter_results(group, timeout=timeout if follow else 0)
@@ -273,7 +287,7 @@ def results(
 def _sink(path: str | None) -> Iterator[Callable[[bytes], None]]:
     """A function that writes one JSON line; a file appears complete or not at all."""
     if path is None or path == "-":
-        yield lambda line: _write(sys.stdout.buffer, line if not sys.stdout.isatty() else _for_terminal(line))
+        yield _print_json
         return
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device: nothing to replace
@@ -295,15 +309,16 @@ def _write(file: IO[bytes], line: bytes) -> None:
     file.flush()
 
 
+def _print_json(line: bytes) -> None:
+    _write(sys.stdout.buffer, _for_terminal(line) if sys.stdout.isatty() else line)
+
+
 def _for_terminal(line: bytes) -> bytes:
-    """JSON escapes the first 32 characters only; these could drive a terminal as well."""
-    escape = lambda match: f"\\u{ord(match[0]):04x}"  # noqa: E731
-    return re.sub("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f]", escape, line.decode()).encode()
+    """The same JSON; it escapes the first 32 characters only, and others can drive a terminal as well."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line.decode()).encode()
 
 
 # --- status and cancel
-
-_TERMINAL = ("succeeded", "failed", "stopped", "cancelled", "expired")
 
 
 @main.command(epilog=EXIT_CODES)
@@ -316,7 +331,7 @@ def status(group_id: str | None, as_json: bool, url: str | None, queue: str | No
     warnings = _warn(session)
     state = {**(_queue_state(session) if group_id is None else _group_state(session, group_id)), "warnings": warnings}
     if as_json:
-        click.echo(orjson.dumps(state))
+        _print_json(orjson.dumps(state))
     else:
         _show(state)
 
@@ -328,7 +343,7 @@ def _group_state(session: _Session, group_id: str) -> dict[str, Any]:
         "group": group_id,
         "sealed": group.is_sealed,
         "documents": sum(states.values()),
-        "terminal": sum(count for name, count in states.items() if name in _TERMINAL),
+        "terminal": sum(states[status] for status in Status),
         "states": states,
     }
 
@@ -381,10 +396,12 @@ def _show(state: dict[str, Any]) -> None:
 @click.argument("group_id", metavar="GROUP")
 @_server_options
 def cancel(group_id: str, url: str | None, queue: str | None) -> None:
-    """Cancels what a group still has to do; documents that another group holds go on for that one."""
-    done = _open(url, queue).queue.group(group_id).cancel()
+    """Cancels what a group still has to do; documents that somebody else submitted too go on for them."""
+    session = _open(url, queue)
+    _warn(session)
+    done = session.queue.group(group_id).cancel()
     _say(
-        f"group {group_id}: {done.num_cancelled} cancelled, {done.num_left} left to another group, "
+        f"group {group_id}: {done.num_cancelled} cancelled, {done.num_left} left to others who hold them, "
         f"{done.num_terminal} had ended before"
     )
 

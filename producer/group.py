@@ -135,7 +135,8 @@ class Group:
     def cancel(self) -> CancelCounts:
         """Cancels what the group still has to do; a document that somebody else holds goes on for them.
 
-        Others that hold it are groups, and whoever submitted it with `IngestQueue.enqueue`. Documents that are enqueued into the group meanwhile or later are not cancelled.
+        That is another group, or whoever submitted it in no group (`IngestQueue.enqueue`). Documents that are enqueued
+        into the group meanwhile or later are not cancelled.
         """
         looked_at = cancelled = left = terminal = 0
         while True:

@@ -43,8 +43,8 @@ _BEAT = 10.0
 # Seconds for which engine cards are believed.
 _CARDS_MAX_AGE = 60.0
 
-# Attempts beyond the first; RQ takes any number, and the counter in Redis does not.
-_MAX_RETRIES = 1_000_000
+# Attempts beyond the first. RQ takes any number; counters in Redis have 64 bits.
+MAX_RETRIES = 1_000_000
 
 # Document ids that a Group names as already there.
 _MAX_JOINED = 1000
@@ -98,10 +98,13 @@ class IngestQueue:
     def enqueue(self, request: IngestRequest, *, retry: RetryPolicy | None = None) -> Enqueued:
         """Accepts one document, in no group; `fetch_results([enqueued.job_id])` finds its row.
 
+        Cancelling a group that has the same document leaves it running.
+
         Args:
             retry: an `rq.Retry`: what to do when the document fails; default is nothing.
 
         Raises:
+            SettingsError: `retry` has a number of attempts that is out of bounds.
             RequestRefused: the document is over a bound, or no live worker can run it.
             QueueUnavailable: it was not accepted, or perhaps was; the same call again is safe.
         """
@@ -136,6 +139,7 @@ class IngestQueue:
             on_progress: takes the number of documents accepted so far, after each script call.
 
         Raises:
+            SettingsError: the group's id, or the number of attempts of `retry`, is out of bounds.
             RequestRefused: a document is over a bound, or no live worker can run it, and there is no `on_refused`.
                 Documents before it may be accepted, see its `accepted`; none after it is.
             QueueUnavailable: Redis dropped the connection for 15 s, or refuses to write; see its `accepted`.
@@ -238,8 +242,8 @@ class IngestQueue:
         return persist(lambda: scripts.enqueue(self.connection, self.name, jobs, options), patience=PATIENCE)
 
     def _options(self, group_id: str, retry: RetryPolicy | None) -> EnqueueOptions:
-        if retry and not 1 <= retry.max <= _MAX_RETRIES:
-            raise SettingsError(f"retry: max is {retry.max}, the bounds are 1 and {_MAX_RETRIES}")
+        if retry and not 1 <= retry.max <= MAX_RETRIES:
+            raise SettingsError(f"retry: max is {retry.max}, the bounds are 1 and {MAX_RETRIES}")
         return EnqueueOptions(
             group_id=group_id,
             group_ttl=self.settings.group_ttl,

@@ -1,9 +1,10 @@
 #!lua flags=no-writes
 -- Reads where jobs stand and the newest result of each.
--- KEYS none: keys are made from the ids
+-- KEYS none: the keys of jobs and results are made from the ids
 -- ARGV 1 key prefix, 2 group id or '', then the job ids
 -- Returns per job: status or '', '1' if the group still holds it, description, RQ result type or '',
---   return value (base64) or '', exception (base64, zlib) or '', worker or '', attempts or '', data of a job that ended without a return value or ''
+--   return value (base64) or '', exception (base64, zlib) or '', worker or '', attempts or '',
+--   data of a job that ended without a return value or ''
 local rows = {}
 for i = 3, #ARGV do
   local f = redis.call('HMGET', ARGV[1] .. ':job:' .. ARGV[i], 'status', 'groups', 'description', 'attempts')

@@ -15,7 +15,7 @@ local function due_in(key)
   if not left or left < 1 then return nil end
   local ok, intervals = pcall(cjson.decode, f[2] or '[]')
   if not ok or type(intervals) ~= 'table' then intervals = {} end
-  redis.call('HINCRBY', key, 'retries_left', -1)
+  redis.call('HSET', key, 'retries_left', math.floor(left) - 1)
   return tonumber(intervals[math.max(#intervals - left, 0) + 1]) or 0  -- as rq.job.Job.get_retry_interval
 end
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -35,6 +39,7 @@ from ingestq.producer import IngestQueue, IngestRequest, Sampling
 from ingestq.workers import BatchWorker
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
+ROOT = Path(__file__).resolve().parents[2]
 MODEL, QUEUE = "no-op", "ingest"
 KB = 1024
 # One for all documents, as `read_documents` does it.
@@ -343,6 +348,51 @@ def measure_growth(small: Bench, large: Bench) -> dict[str, float]:
     return {"growth_100k": growth}
 
 
+# --- the import
+
+
+def measure_import() -> dict[str, float]:
+    """CPU seconds of the producer's import, in an environment with nothing but ingestq's own dependencies.
+
+    Nothing is measured, and that is said, where such an environment can't be made.
+    """
+    code = (
+        "import time; start = time.process_time(); from ingestq.producer import IngestQueue, iter_results; "
+        "print(time.process_time() - start)"
+    )
+    with tempfile.TemporaryDirectory(prefix="ingestq-import-") as folder:
+        try:
+            python = core_environment(Path(folder, "venv"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"\nimport_cpu_s left out: {error}", file=sys.stderr)
+            return {}
+        packages = Path(folder, "packages", "ingestq")
+        packages.mkdir(parents=True)
+        for name in ("common", "producer"):
+            shutil.copytree(ROOT / name, packages / name)
+        seconds = [
+            float(subprocess.check_output([python, "-c", code], cwd=folder, env={"PYTHONPATH": str(packages.parent)}))
+            for _ in range(1 + REPEATS)  # the first compiles
+        ]
+    figures = {"import_cpu_s": median(seconds[1:])}
+    print_table("Import of the producer, core dependencies alone", ["CPU s"], [list(figures.values())])
+    return figures
+
+
+def core_environment(folder: Path) -> Path:
+    """The Python of a new virtual environment in `folder`, with the dependencies that no extra adds to.
+
+    Raises:
+        OSError, CalledProcessError: there is no uv, or it can't get them.
+    """
+    uv = str(Path(sys.executable).with_name("uv"))
+    python = folder / "bin" / "python"
+    wanted = ["--constraint", "deploy/constraints.txt", "--requirements", "pyproject.toml"]
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], cwd=ROOT, check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *wanted], cwd=ROOT, check=True)
+    return python
+
+
 def main() -> int:
     with EmbeddedServer() as server, EmbeddedServer() as second:
         bench = Bench(server)
@@ -352,6 +402,7 @@ def main() -> int:
             **measure_throughput(bench),
             **measure_memory(bench),
             **measure_growth(bench, Bench(second)),
+            **measure_import(),
         }
     return conclude({"engine": "simulated", "repeats": REPEATS, **figures}, at_least=AT_LEAST, at_most=AT_MOST)
 

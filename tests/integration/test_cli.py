@@ -136,6 +136,41 @@ def test_a_document_over_the_bound_is_refused_by_the_queue(run, redis):
     assert redis.llen(keys.queue("ingest")) == 2
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"system": "x" * 70_000}, "system: String should have at most 65536 characters"),
+        ({"instruction": "x" * 70_000}, "instruction: String should have at most 65536 characters"),
+        ({"id": "bad " + "x" * 600}, "document_id: String should have at most 512 characters"),
+        ({"id": "bad\n"}, "document_id: String should match pattern"),
+    ],
+)
+def test_a_field_over_its_bound_refuses_its_document_by_name(run, redis, row, reason):
+    done = run("enqueue", "-", stdin=TWO + jsonl({"text": "t", "id": "bad", **row}))
+    [refusal] = [line for line in done.stderr.splitlines() if line.startswith("refused: document 'bad")]
+    assert reason in refusal
+    assert (done.returncode, redis.llen(keys.queue("ingest"))) == (1, 2)
+
+
+def test_an_option_over_its_bound_refuses_each_document_by_name(run, redis):
+    done = run("enqueue", "-", "--system", "x" * 70_000, stdin=TWO)
+    assert "refused: document 'a': system: " in done.stderr
+    assert "refused: document 'b': system: " in done.stderr
+    assert (done.returncode, redis.llen(keys.queue("ingest"))) == (1, 0)
+
+
+def test_an_interrupted_enqueue_names_the_group_to_go_on_with(redis, environment):
+    arguments = [*COMMAND, "enqueue", "-"]
+    with subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: redis.keys(keys.group("*")), "the group is open")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        errors = process.stderr.read().decode()
+    [group] = [key.decode().removeprefix(keys.group("")) for key in redis.keys(keys.group("*"))]
+    assert f"interrupted; the same command with --group {group} completes the group" in errors
+    assert "Traceback" not in errors
+
+
 # --- results
 
 
@@ -337,7 +372,16 @@ def test_no_model_is_exit_code_2(run, environment):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["enqueue"], ["enqueue", "-", "--max-tokens", "0"], ["results"], ["nonsense"]]
+    "arguments",
+    [
+        [],
+        ["enqueue"],
+        ["enqueue", "-", "--max-tokens", "0"],
+        ["enqueue", "-", "--temperature", "nan"],
+        ["enqueue", "-", "--retry", "1" + "0" * 19],
+        ["results"],
+        ["nonsense"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(run, arguments):
     done = run(*arguments)
@@ -367,6 +411,9 @@ def unsafe_server(redis: Redis) -> Iterator[None]:
 def test_a_server_that_may_lose_documents_is_warned_of_on_stderr(run):
     assert "warning: Redis may evict queued documents" in run("enqueue", "-", stdin=TWO).stderr
     assert "allkeys-lru" in orjson.loads(run("status", "--json").stdout)["warnings"][0]
+    run("enqueue", "-", "--group", "g", stdin=TWO)
+    assert "warning: Redis may evict queued documents" in run("results", "g").stderr
+    assert "warning: Redis may evict queued documents" in run("cancel", "g").stderr
 
 
 # --- terminals
@@ -394,6 +441,13 @@ def test_rows_on_a_terminal_carry_no_control_characters(run, redis, environment)
     output = run_on_terminal(environment, "results", "g")
     assert all(char.isprintable() or char in "\r\n" for char in output)
     assert "\\u009b31m" in output
+
+
+def test_a_state_on_a_terminal_carries_no_control_characters(redis, environment):
+    publish(redis, "ingest", "red \x1b[31m \x9b31m \u202e \U000e0001", CARD)
+    output = run_on_terminal(environment, "status", "--json")
+    assert all(char.isprintable() or char in "\r\n" for char in output)
+    assert orjson.loads(output)["workers"][0]["name"] == "red \x1b[31m \x9b31m \u202e \U000e0001"
 
 
 def test_a_terminal_shows_a_bar_with_a_rate(environment, tmp_path):

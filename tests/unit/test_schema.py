@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ingestq.common.payload import FINISHED_STUB, FUNCTION_NAME
-from ingestq.common.schema import IngestRequest, IngestResult, Sampling, Status, job_id
+from ingestq.common.schema import IngestRequest, IngestResult, Sampling, Status, Usage, job_id
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=40)
@@ -16,6 +16,7 @@ samplings = st.builds(
     max_tokens=st.integers(1, 1_000_000),
     temperature=st.floats(0, 100),
     top_p=st.none() | st.floats(0, 1, exclude_min=True),
+    top_k=st.none() | st.integers(-1, 2**31 - 1),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     stop=st.none() | st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), max_size=3),
 )
@@ -121,6 +122,24 @@ def test_sampling_is_vllms_and_bounded() -> None:
         Sampling(max_tokens=0)
     with pytest.raises(ValidationError, match="temperature"):
         Sampling(temperature=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        (Sampling, {"top_k": 2**31}),
+        (Sampling, {"seed": 2**63}),
+        (Sampling, {"seed": -(2**63) - 1}),
+        (Sampling, {"min_tokens": 2**63}),
+        (Usage, {"prompt_tokens": 2**63}),
+        (Usage, {"cached_tokens": 2**63}),
+        (Usage, {"output_tokens": -(2**63) - 1}),
+        (IngestResult, {"document_id": "a", "job_id": "j", "status": "failed", "attempts": 2**63}),
+    ],
+)
+def test_a_number_that_json_libraries_disagree_on_is_refused(record: type[Sampling], fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=list(fields)[-1]):
+        record.model_validate(fields)
 
 
 @given(texts, st.sampled_from(Status))

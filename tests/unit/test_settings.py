@@ -55,6 +55,10 @@ def test_an_unknown_variable_like_no_other_is_refused_too() -> None:
         ("INGEST_LEASE_TTL", "nan"),
         ("INGEST_QUEUE", "a b"),
         ("INGEST_MAX_ATTEMPTS", "-1"),
+        ("INGEST_RESULT_TTL", "9" * 18),
+        ("INGEST_FAILURE_TTL", "9" * 18),
+        ("INGEST_GROUP_TTL", "9" * 18),
+        ("INGEST_MAX_IN_FLIGHT_FLEET", "9" * 18),
     ],
 )
 def test_a_malformed_value_is_refused_with_variable_and_value(variable: str, value: str) -> None:
