@@ -226,17 +226,27 @@ def lease(
     )
     jobs = [
         LeasedJob(
-            job_id=leased[i].decode(),
-            execution_id=leased[i + 1].decode(),
-            data=leased[i + 2],
-            enqueued_ms=_int(leased[i + 3]) or _milliseconds(leased[i + 4]),
+            job_id=job_id.decode(),
+            execution_id=execution_id.decode(),
+            data=data,
+            enqueued_ms=_int(enqueued_ms) or _milliseconds(enqueued_at),
             leased_ms=now_ms,
-            attempts=leased[i + 5],
-            result_ttl=_ttl(leased[i + 6]),
-            failure_ttl=_ttl(leased[i + 7]),
-            refused=leased[i + 8].decode(),
+            attempts=attempts,
+            result_ttl=_ttl(result_ttl),
+            failure_ttl=_ttl(failure_ttl),
+            refused=refused.decode(),
         )
-        for i in range(0, len(leased), 9)
+        for (
+            job_id,
+            execution_id,
+            data,
+            enqueued_ms,
+            enqueued_at,
+            attempts,
+            result_ttl,
+            failure_ttl,
+            refused,
+        ) in leased
     ]
     return LeaseReply(
         jobs=jobs,

@@ -5,7 +5,7 @@
 --      8 stock grace (s), 9 fleet cap (0: none), 10 14 hexadecimal characters that no other call uses, 11 now (ISO),
 --      12 first position to look at, 13 positions to look at
 -- Returns { leased, unknown, gate, queue length, now (ms), next position }:
---   leased   per job: id, execution, data, enqueued_ms or '', enqueued_at or '', attempts, result_ttl or '',
+--   leased   per job a list: id, execution, data, enqueued_ms or '', enqueued_at or '', attempts, result_ttl or '',
 --            failure_ttl or '', name of an RQ feature that isn't served or ''
 --   unknown  per job without a model (a plain RQ client's): id, data. It stays where it is: see adopt.lua
 --   gate     what kept jobs in the queue: 'open' (nothing did), 'suspended', 'worker', 'fleet'
@@ -59,6 +59,9 @@ local function look(key)
   return seen[2] and seen[2] ~= model and seen[2] ~= '*' and 'foreign' or 'mine'
 end
 
+-- RQ features that are not served, in the order of their fields below.
+local UNSERVED = {'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}
+
 for _, id in ipairs(ids) do
   if taken >= want then break end
   local key = prefix .. ':job:' .. id
@@ -79,8 +82,8 @@ for _, id in ipairs(ids) do
       skip()
     else
       local refused = ''
-      for i, name in ipairs({'on_success', 'on_failure', 'on_stopped', 'webhooks', 'depends_on', 'repeat', 'rate_limit'}) do
-        if f[8 + i] and f[8 + i] ~= '' then refused = name end
+      for i = 1, #UNSERVED do
+        if f[8 + i] and f[8 + i] ~= '' then refused = UNSERVED[i] end
       end
       local execution = string.format('%014x%04x', now_us, taken) .. ARGV[10]
       local member = id .. ':' .. execution
@@ -97,9 +100,7 @@ for _, id in ipairs(ids) do
       redis.call('EXPIRE', prefix .. ':executions:' .. id, record_ttl)
       redis.call('SADD', KEYS[3], member)
       taken = taken + 1
-      for _, value in ipairs({id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}) do
-        leased[#leased + 1] = value
-      end
+      leased[taken] = {id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}
     end
   end
 end

@@ -33,12 +33,16 @@ local function drop_lease(prefix, started, member, worker)
   return held
 end
 
--- Gives keys `ttl` seconds to live, -1 for ever; returns the score of the registry that their job goes to.
-local function expire(ttl, now, ...)
-  for _, key in ipairs({...}) do
-    if ttl < 0 then redis.call('PERSIST', key) else redis.call('EXPIRE', key, ttl) end
+-- Gives a job and its results `ttl` seconds to live, -1 for ever; returns the score of the registry that it goes to.
+local function expire(ttl, now, job, results)
+  if ttl < 0 then
+    redis.call('PERSIST', job)
+    redis.call('PERSIST', results)
+    return '+inf'
   end
-  return ttl < 0 and '+inf' or now + ttl
+  redis.call('EXPIRE', job, ttl)
+  redis.call('EXPIRE', results, ttl)
+  return now + ttl
 end
 
 -- Leaves one token for the idle workers of a model; a worker that takes work and leaves some passes it on.
