@@ -68,7 +68,7 @@ for _, id in ipairs(ids) do
   local seen = string.match(id, '^[%w_-]+$') and (position > 0 and look(key) or 'mine')
   local f = seen == 'mine' and redis.pcall('HMGET', key, 'status', 'model', 'data', 'enqueued_ms', 'enqueued_at',
     'attempts', 'result_ttl', 'failure_ttl', 'success_callback_name', 'failure_callback_name', 'stopped_callback_name',
-    'webhooks', 'dependency_ids', 'repeats_left', 'rate_limit_key')
+    'webhooks', 'dependency_ids', 'repeats_left', 'rate_limit_key', 'started_at')
   if seen == 'foreign' or (f and f[2] and f[2] ~= model and f[2] ~= '*' and f[1] == 'queued') then
     skip()
   elseif not f or f.err or f[1] ~= 'queued' then
@@ -87,7 +87,8 @@ for _, id in ipairs(ids) do
       end
       local execution = string.format('%014x%04x', now_us, taken) .. ARGV[10]
       local member = id .. ':' .. execution
-      local attempts = (tonumber(f[6]) or 0) + 1
+      -- RQ's requeue empties started_at, a hand-back doesn't: a job that somebody requeued has all its attempts again.
+      local attempts = (f[16] ~= '' and tonumber(f[6]) or 0) + 1
       take(id)
       redis.call('HSET', key, 'status', 'started', 'started_at', ARGV[11], 'last_heartbeat', ARGV[11],
         'worker_name', worker, 'attempts', attempts)

@@ -446,6 +446,7 @@ def test_rq_requeue_runs_a_failed_document_again(server: EmbeddedServer, redis: 
     burst(server)
 
     assert statuses(redis, job_ids) == ["finished"]
+    assert row(redis, job_ids[0]).attempts == 1
     assert job_ids[0] not in Queue(QUEUE, connection=redis).failed_job_registry.get_job_ids()
 
 
