@@ -350,7 +350,9 @@ def hand_back(
         members: leases "id:execution", at most CHUNK; none: up to CHUNK that have expired.
         max_attempts: a job leased that often is dead-lettered instead; 0: the hand-back is no attempt.
     """
-    reason = pack_exception(f"WorkerLost: {max_attempts} workers died or lost their lease while they ran this document")
+    reason = pack_exception(
+        f"WorkerLost: {max_attempts} workers failed, died or lost their lease while they ran this document"
+    )
     queued, dead_lettered, lost = _run(
         connection,
         "hand_back",

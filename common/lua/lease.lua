@@ -18,8 +18,6 @@ local time = redis.call('TIME')
 local now_us = time[1] * 1000000 + time[2]
 local now = math.floor(now_us / 1000)
 local gate, bound = 'open', 'open'
--- Seconds that RQ's records of an execution last: longer than any lease is held. They go when the lease does.
-local record_ttl = 30 * 86400
 if redis.call('EXISTS', KEYS[5]) == 1 then
   want, gate = 0, 'suspended'
 else
@@ -96,9 +94,9 @@ for _, id in ipairs(ids) do
       redis.call('ZADD', KEYS[2], expiry, member)
       redis.call('HSET', prefix .. ':execution:' .. member, 'id', execution, 'job_id', id, 'created_at', now / 1000,
         'last_heartbeat', now / 1000, 'worker_name', worker)
-      redis.call('EXPIRE', prefix .. ':execution:' .. member, record_ttl)
-      redis.call('ZADD', prefix .. ':executions:' .. id, now / 1000 + record_ttl, execution)
-      redis.call('EXPIRE', prefix .. ':executions:' .. id, record_ttl)
+      redis.call('EXPIRE', prefix .. ':execution:' .. member, RECORD_TTL)
+      redis.call('ZADD', prefix .. ':executions:' .. id, now / 1000 + RECORD_TTL, execution)
+      redis.call('EXPIRE', prefix .. ':executions:' .. id, RECORD_TTL)
       redis.call('SADD', KEYS[3], member)
       taken = taken + 1
       leased[taken] = {id, execution, f[3] or '', f[4] or '', f[5] or '', attempts, f[7] or '', f[8] or '', refused}
@@ -109,7 +107,7 @@ pop_heads()
 local length = redis.call('LLEN', KEYS[1])
 if gate == 'suspended' or length > 0 and taken >= want then bound = gate end
 if taken > 0 then
-  redis.call('EXPIRE', KEYS[3], record_ttl)
+  redis.call('EXPIRE', KEYS[3], RECORD_TTL)
   if length > 0 and bound ~= 'fleet' then wake(prefix, queue_name, model) end
 end
 return {leased, unknown, bound, length, now, position}

@@ -1,4 +1,7 @@
--- Put before the body of every script (Redis scripts can't import). Only functions; no keys are touched here.
+-- Put before the body of every script (Redis scripts can't import). Only functions and constants; no keys are touched here.
+
+-- Seconds that RQ's records of an execution last: longer than any lease is held. They go when the lease does.
+local RECORD_TTL = 30 * 86400
 
 -- Milliseconds since the epoch by this server's clock: the only clock that judges leases.
 local function now_ms()

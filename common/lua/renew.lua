@@ -9,7 +9,7 @@ for i = 4, #ARGV do
     gone[#gone + 1] = i - 3
   end
 end
-redis.call('EXPIRE', KEYS[2], 30 * 86400)
+redis.call('EXPIRE', KEYS[2], RECORD_TTL)
 local known = redis.call('HEXISTS', KEYS[3], 'birth')
 if known == 1 then
   redis.call('HSET', KEYS[3], 'last_heartbeat', ARGV[3])

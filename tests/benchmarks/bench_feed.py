@@ -166,7 +166,7 @@ class SharedEngineWorker(BatchWorker):
 
     engine: SharedEngine
 
-    def load_engine(self) -> SharedEngine:  # type: ignore[override]
+    def load_engine(self) -> SharedEngine:
         return self.engine
 
 

@@ -89,7 +89,7 @@ def test_fetch_takes_one_round_trip_for_any_number(queue: IngestQueue, redis: Re
     client = Redis.from_url(f"redis://127.0.0.1:{redis.connection_pool.connection_kwargs['port']}")
     connection = client.connection_pool.get_connection()
     original = connection.send_packed_command
-    connection.send_packed_command = lambda *args, **kwargs: (sent.append(1), original(*args, **kwargs))[1]  # type: ignore[method-assign]
+    connection.send_packed_command = lambda *args, **kwargs: (sent.append(1), original(*args, **kwargs))[1]
     client.connection_pool.release(connection)
 
     rows = fetch_results(job_ids, connection=client)

@@ -184,8 +184,13 @@ def test_a_closed_gate_makes_the_worker_wait_not_spin(server: EmbeddedServer, re
     job_ids = put(redis, [request(0)])
 
     with WorkerProcess(server.url, tmp_path, name="a", **FAST):
-        calls = lambda: redis.info("commandstats")["cmdstat_evalsha"]["calls"]  # noqa: E731
-        seconds = lambda: redis.time()[0]  # noqa: E731
+
+        def calls() -> int:
+            return redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+
+        def seconds() -> int:
+            return redis.time()[0]
+
         before, start = calls(), seconds()
         wait_until(lambda: seconds() >= start + 4, "time passes, by the server's clock")
         # A look every second, and the housekeeper's few. One that spins makes thousands a second, however slow the
@@ -329,7 +334,9 @@ def test_a_second_signal_hands_back_at_once_in_order_and_uncounted(
 
 def test_leases_outlive_their_ttl_while_the_worker_works(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
     job_ids = put(redis, [request(0, max_tokens=2000)])
-    lease = lambda: redis.zrange(keys.started(QUEUE), 0, -1, withscores=True)  # noqa: E731
+
+    def lease() -> list[tuple[bytes, float]]:
+        return redis.zrange(keys.started(QUEUE), 0, -1, withscores=True)
 
     with WorkerProcess(server.url, tmp_path, name="a", INGEST_LEASE_TTL="1", **SLOW):
         wait_until(lease, "the document runs")

@@ -226,7 +226,7 @@ def test_a_prompt_cancelled_on_its_way_to_the_engine_does_not_run() -> None:
     inbox.put(prompts[2])
     aborts.put("b")
 
-    feed_continuously(engine, courier, prompts[0], lambda: False)  # type: ignore[arg-type]
+    feed_continuously(engine, courier, prompts[0], lambda: False)
 
     assert sorted(message.prompt_id for message in completed) == ["a", "c"]
 

@@ -74,6 +74,6 @@ def drain(redis: Redis, kind: Literal["S", "F", "P", "X"] = "S", **options: obje
     """Leases and ends everything that is queued; returns the documents in the order in which they ended."""
     documents: list[str] = []
     while jobs := lease(redis):
-        finish(redis, jobs, kind, **options)  # type: ignore[arg-type]
+        finish(redis, jobs, kind, **options)
         documents += map(document_of, jobs)
     return documents

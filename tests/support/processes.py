@@ -47,7 +47,7 @@ def run(
         capture_output=True,
         text=True,
         timeout=240,
-        **options,  # type: ignore[call-overload]
+        **options,
     )
 
 

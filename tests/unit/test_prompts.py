@@ -25,10 +25,10 @@ def test_what_fits_is_never_over_the_context_nor_cut_unasked(
     too_long = num_tokens >= max_model_len or (over_length == "refuse" and num_tokens + max_tokens > max_model_len)
     if num_tokens == 0 or too_long:
         with pytest.raises((PromptEmpty, PromptTooLong)) as refusal:
-            fit(sampling, num_tokens, max_model_len, over_length)  # type: ignore[arg-type]
+            fit(sampling, num_tokens, max_model_len, over_length)
         assert num_tokens == 0 or (str(num_tokens) in str(refusal.value) and str(max_model_len) in str(refusal.value))
         return
-    fitted = fit(sampling, num_tokens, max_model_len, over_length)  # type: ignore[arg-type]
+    fitted = fit(sampling, num_tokens, max_model_len, over_length)
     assert num_tokens + fitted.max_tokens <= max_model_len
     assert fitted.max_tokens == max_tokens or over_length == "clamp"
     assert fitted.min_tokens is not None

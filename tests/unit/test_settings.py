@@ -68,7 +68,7 @@ def test_a_malformed_value_is_refused_with_variable_and_value(variable: str, val
 
 def test_a_setting_given_in_code_is_checked_as_well() -> None:
     with pytest.raises(ValidationError, match="result_tll"):
-        Settings(result_tll=5)  # type: ignore[call-arg]
+        Settings(result_tll=5)
 
 
 def test_engine_variables_pass_through_under_the_engines_own_names() -> None:
