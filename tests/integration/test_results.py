@@ -196,7 +196,7 @@ def test_a_dead_letter_without_a_row_tells_its_reason(queue: IngestQueue, redis:
     assert (row.document_id, row.status, row.attempts) == ("a", Status.FAILED, 1)
     assert (row.error_class, row.worker) == ("WorkerLost", "hand")
     assert row.error_message is not None
-    assert row.error_message.startswith("1 workers died or lost their lease")
+    assert row.error_message.startswith("1 workers failed, died or lost their lease")
 
 
 def test_a_dead_letter_of_stock_rq_tells_its_reason(queue: IngestQueue, redis: Redis) -> None:
