@@ -1,17 +1,19 @@
-"""`connect`: the one way to Redis, with time-outs, retries with backoff, and a look at how safe the server is."""
+"""`connect`: the one way to Redis, with time-outs, retries with backoff, and what to do when it refuses."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Callable
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from .errors import QueueUnavailable
+from .errors import QueueRefused, QueueUnavailable
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.exceptions import RedisError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,28 @@ SOCKET_TIMEOUT = 20.0
 
 # Seconds to wait for a connection.
 CONNECT_TIMEOUT = 5.0
+
+# By error code: what a server says that can't serve now, whatever it is asked, and what to do about it.
+_OUTAGES = {
+    "OOM": "Redis is full: workers go on and make room; enqueue again when there is some, or raise maxmemory",
+    "MISCONF": "Redis can't write to its disk: make room there (its log says what failed), then do the same again",
+    "READONLY": "this is a replica: set RQ_REDIS_URL or --url to the master, or do the same again after the fail-over",
+    "MASTERDOWN": "this is a replica without its master: set RQ_REDIS_URL or --url to the master, or wait for it",
+    "NOREPLICAS": "Redis wants replicas before it writes: bring them back, or lower min-replicas-to-write",
+    "NOAUTH": "set user and password in RQ_REDIS_URL or --url (redis://user:password@host:6379/0)",
+    "WRONGPASS": "set user and password in RQ_REDIS_URL or --url (redis://user:password@host:6379/0)",
+    "NOPERM": "the Redis user lacks a permission: give it those of its role in deploy/users.acl",
+    "LOADING": "Redis is loading its data: do the same again when it has",
+    "BUSY": "a script holds Redis up: wait, or end it with SCRIPT KILL",
+    "CLUSTERDOWN": "the cluster lacks nodes: bring them back",
+}
+
+# What a script says whose user may not run one of its commands (Valkey, Redis), and one that an operator ended.
+_CODE_OF_TEXT = {
+    "ACL failure in script": "NOPERM",
+    "The user executing the script can't": "NOPERM",
+    "Script killed by user": "BUSY",
+}
 
 
 def connect(url: str) -> Redis:
@@ -47,7 +71,12 @@ def connect(url: str) -> Redis:
     try:
         client.ping()
     except RedisError as error:
-        raise QueueUnavailable(f"Redis at {shown}: {error}; set RQ_REDIS_URL or --url") from None
+        way_out = _OUTAGES.get(_code(error), "is it running? Set RQ_REDIS_URL or --url")
+        if url.startswith("rediss:") and _code(error) not in _OUTAGES:
+            way_out = "is it running, with TLS, and does it want a client certificate (ssl_certfile, ssl_keyfile)? " + (
+                "Set RQ_REDIS_URL or --url"
+            )
+        raise QueueUnavailable(f"Redis at {shown}: {error}; {way_out}") from None
     return client
 
 
@@ -83,6 +112,49 @@ def _options(*, network: bool) -> dict[str, Any]:
     }
 
 
+def outage(error: RedisError) -> bool:
+    """The server can't serve now: it is away, loading, full, read-only, locked out of its disk, or refuses the user.
+
+    False means that this one call is wrong, or the data that it met: it would fail again.
+    """
+    from redis.exceptions import ConnectionError, InvalidResponse, TimeoutError
+
+    return isinstance(error, ConnectionError | TimeoutError | InvalidResponse) or _code(error) in _OUTAGES
+
+
+def explained(error: RedisError) -> str:
+    """What the server said, in one line, and what to do about it."""
+    text = shorten(str(error).rstrip("."), 250, placeholder="...")
+    way_out = _OUTAGES.get(_code(error))
+    if way_out is None and outage(error):
+        way_out = "is Redis running, and can it be reached from here?"
+    return f"{text}; {way_out}" if way_out else text
+
+
+def _code(error: RedisError) -> str:
+    """Redis' word for the error, such as "OOM": redis-py makes classes of some and leaves the others in the text."""
+    from redis import exceptions as redis
+
+    # A pipeline puts the command, which is of our making, before it.
+    text = str(error).rpartition("of pipeline caused error: ")[2]
+    for start, code in _CODE_OF_TEXT.items():
+        if text.startswith(start):
+            return code
+    for kind, code in (
+        (redis.OutOfMemoryError, "OOM"),
+        (redis.ReadOnlyError, "READONLY"),
+        (redis.NoPermissionError, "NOPERM"),
+        (redis.AuthorizationError, "NOPERM"),
+        (redis.AuthenticationError, "WRONGPASS"),
+        (redis.BusyLoadingError, "LOADING"),
+        (redis.MasterDownError, "MASTERDOWN"),
+        (redis.ClusterDownError, "CLUSTERDOWN"),
+    ):
+        if isinstance(error, kind):
+            return code
+    return text.partition(" ")[0]
+
+
 def persist(operation: Callable[[], T], *, patience: float | None) -> T:
     """What `operation` returns; while the connection drops, it is called again with growing pauses.
 
@@ -91,18 +163,15 @@ def persist(operation: Callable[[], T], *, patience: float | None) -> T:
         patience: seconds from now after which it isn't called again; None: never give up.
 
     Raises:
-        QueueUnavailable: the connection stayed away that long, or Redis refused (credentials, memory, read-only).
+        QueueUnavailable: the connection stayed away that long.
+        QueueRefused: Redis refused (credentials, permissions, memory, disk, read-only).
     """
-    from redis.exceptions import AuthenticationError, AuthorizationError, ConnectionError, RedisError, TimeoutError
+    from redis.exceptions import RedisError
     from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_before_delay, stop_never
     from tenacity.wait import wait_random_exponential
 
-    def dropped(error: BaseException) -> bool:
-        refused = isinstance(error, AuthenticationError | AuthorizationError)
-        return isinstance(error, ConnectionError | TimeoutError) and not refused
-
     retrying = Retrying(
-        retry=retry_if_exception(dropped),
+        retry=retry_if_exception(_passes),
         wait=wait_random_exponential(multiplier=0.1, max=5),
         stop=stop_never if patience is None else stop_before_delay(patience),
         before_sleep=before_sleep_log(logger, logging.WARNING),
@@ -111,7 +180,19 @@ def persist(operation: Callable[[], T], *, patience: float | None) -> T:
     try:
         return retrying(operation)
     except RedisError as error:
-        raise QueueUnavailable(f"Redis: {error}") from error
+        kind = QueueUnavailable if _passes(error) else QueueRefused
+        raise kind(f"Redis: {explained(error)}") from error
+
+
+def _passes(error: BaseException) -> bool:
+    """The connection dropped, or the server is busy for a moment: worth trying again."""
+    from redis.exceptions import AuthenticationError, AuthorizationError, ConnectionError, RedisError, TimeoutError
+
+    if isinstance(error, AuthenticationError | AuthorizationError):
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or (
+        isinstance(error, RedisError) and _code(error) == "BUSY"
+    )
 
 
 def without_password(url: str) -> str:
@@ -143,15 +224,12 @@ def durability_warnings(client: Redis) -> list[str]:
 
     warnings = []
     try:
-        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+        about = client.info("memory", "persistence")  # CONFIG shows passwords: users lack it
+        policy = about.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             warnings.append(f"Redis may evict queued documents: maxmemory-policy is {policy!r}; set it to 'noeviction'")
-        persistence = client.config_get("appendonly", "save")
-        if persistence.get("appendonly", "yes") != "yes":
-            snapshots = "only snapshots are on" if persistence.get("save") else "nothing is persisted"
-            warnings.append(
-                f"Redis loses documents when it restarts: appendonly is 'no' ({snapshots}); set appendonly yes"
-            )
-    except RedisError:  # CONFIG is often denied by ACL or renamed: no news is no warning
+        if not about.get("aof_enabled", 1):
+            warnings.append("Redis loses documents when it restarts: appendonly is 'no'; set appendonly yes")
+    except RedisError:  # INFO may be denied by ACL or renamed: no news is no warning
         pass
     return warnings

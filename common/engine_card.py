@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from . import keys
+from . import keys, scripts
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -49,10 +49,7 @@ def publish(connection: Redis, queue: str, worker: str, card: EngineCard) -> Non
     """Writes or renews a worker's card."""
     seconds, micros = connection.time()
     stamped = card.model_copy(update={"published_at": seconds + micros / 1e6})
-    with connection.pipeline(transaction=False) as pipeline:
-        pipeline.hset(keys.engines(queue), worker, stamped.model_dump_json())
-        pipeline.expire(keys.engines(queue), _HASH_TTL)
-        pipeline.execute()
+    scripts.write_fields(connection, keys.engines(queue), {worker: stamped.model_dump_json()}, ttl=_HASH_TTL)
 
 
 def withdraw(connection: Redis, queue: str, worker: str) -> None:

@@ -40,6 +40,14 @@ class QueueUnavailable(IngestqError):
         self.accepted = list(accepted)
 
 
+class QueueRefused(QueueUnavailable):
+    """Redis answers and refuses: it is full, a replica or locked out of its disk, or the user may not do this."""
+
+
+class NotDurable(QueueUnavailable):
+    """What Redis accepted may not outlive it: it can't do what INGEST_DURABILITY asks, or did not in time."""
+
+
 class ServerStartError(IngestqError):
     """The embedded server could not be started."""
 
@@ -97,6 +105,10 @@ class PromptEmpty(DocumentError):
 
 class PromptRefused(DocumentError):
     """The engine refused the prompt or its sampling parameters."""
+
+
+class DocumentTimeout(DocumentError):
+    """The document was in flight longer than INGEST_DOCUMENT_TIMEOUT; unlike the others it may be tried again."""
 
 
 class EngineError(IngestqError):

@@ -4,15 +4,16 @@ RQ's own keys, in RQ's own formats:
 
 | key | type | members | TTL | writer |
 |---|---|---|---|---|
-| {p}:queues | set | queue keys | none | enqueue |
-| {p}:queue:Q | list | job ids, head first | none | enqueue, lease, finish (retry), hand_back, promote |
-| {p}:job:ID | hash | RQ's fields, and ours: model, enqueued_ms, attempts, groups (group ids; "(lone)": submitted alone) | result_ttl or failure_ttl once terminal | enqueue, adopt, lease, finish, hand_back, promote, cancel |
+| {p}:queues | set | queue keys | none | enqueue, retry |
+| {p}:queue:Q | list | job ids, head first | none | enqueue, lease, finish (retry), hand_back, promote, retry |
+| {p}:job:ID | hash | RQ's fields, and ours: model, schema (above 1), enqueued_ms, attempts, crashes, groups (group ids; "(lone)": submitted alone) | result_ttl or failure_ttl once terminal | enqueue, adopt, lease, finish, hand_back, promote, cancel, retry |
 | {p}:wip:Q | zset | "ID:EXECUTION", score: expiry + STOCK_GRACE (s) | none | lease, renew, finish, hand_back, cancel |
 | {p}:execution:ID:EXECUTION | hash | RQ's execution record | 30 days, gone with the lease | lease, finish, hand_back, cancel |
 | {p}:executions:ID | zset | execution ids of a job | 30 days, gone with the lease | lease, finish, hand_back, cancel |
-| {p}:worker:W, {p}:workers | hash, set | RQ's worker record | RQ's | RQ, renew, housekeeper |
+| {p}:worker:W | hash | RQ's worker record, and ours: incarnation, process, alive_until (s) | RQ's | claim, renew, finish, sign_off, write_fields, RQ |
+| {p}:workers, {p}:workers:Q | set | keys of worker records | none | claim, sign_off, RQ |
 | {p}:worker:W:executions | set | "ID:EXECUTION" that W holds | 30 days, renewed | lease, renew, finish, hand_back, cancel |
-| {p}:finished:Q, failed:Q, canceled:Q | zset | job ids, score: expiry (s) | none | enqueue, finish, hand_back, cancel, housekeeper (removes expired) |
+| {p}:finished:Q, failed:Q, canceled:Q | zset | job ids, score: expiry (s) | none | enqueue, finish, hand_back, cancel, retry, housekeeper (removes expired) |
 | {p}:scheduled:Q | zset | job ids, score: due (s) | none | finish (retry with an interval), promote, cancel |
 | {p}:results:ID | stream | RQ results, newest last | result_ttl or failure_ttl | finish, hand_back |
 | {p}:suspended | string | set by `rq suspend` | RQ's | RQ |
@@ -22,8 +23,10 @@ Ours:
 | key | type | members | TTL | writer |
 |---|---|---|---|---|
 | {p}:ingest:limits:Q | hash | max_in_flight, max_in_flight_fleet | none | limits |
-| {p}:ingest:engines:Q | hash | worker name -> engine card (JSON) | one day | engine_card |
-| {p}:ingest:wake:Q:M | list | at most one token: work for model digest M waits | one hour | enqueue, adopt, lease, finish, hand_back, promote |
+| {p}:ingest:machines:Q | hash | "FIELD:MACHINE", see machine_health.py | one day | machine_failed, machine_health |
+| {p}:ingest:engines:Q | hash | worker name -> engine card (JSON) | one day | write_fields (by engine_card) |
+| {p}:ingest:wake:Q:M | list | at most one token: work for model digest M waits | one hour | enqueue, adopt, lease, finish, hand_back, promote, retry |
+| {p}:ingest:barrier | string | "1" | one minute | enqueue (INGEST_DURABILITY=aof or replica) |
 | {p}:ingest:group:G | hash | queue, ttl, created_ms, seen_ms, sealed_ms, next_rank | group_ttl | enqueue, touch_group |
 | {p}:ingest:group:G:members | zset | "ID:DOCUMENT_ID", score: order of submission | group_ttl | enqueue |
 | {p}:ingest:group:G:done | stream | field j: id of a member that became terminal; d: its document, where a reader's sweep found it | group_ttl | enqueue, finish, hand_back, cancel, iter_results |
@@ -88,8 +91,20 @@ def worker(name: str) -> str:
     return f"{key_prefix()}:worker:{name}"
 
 
+def workers() -> str:
+    return f"{key_prefix()}:workers"
+
+
+def workers_of(queue_name: str) -> str:
+    return f"{key_prefix()}:workers:{queue_name}"
+
+
 def worker_executions(name: str) -> str:
     return f"{key_prefix()}:worker:{name}:executions"
+
+
+def machines(name: str) -> str:
+    return f"{key_prefix()}:ingest:machines:{name}"
 
 
 def limits(name: str) -> str:
@@ -107,6 +122,10 @@ def wake(name: str, model: str) -> str:
 
 def wake_prefix(name: str) -> str:
     return f"{key_prefix()}:ingest:wake:{name}:"
+
+
+def barrier() -> str:
+    return f"{key_prefix()}:ingest:barrier"
 
 
 def group(group_id: str) -> str:

@@ -28,9 +28,9 @@ class AdmissionLimits:
 
 
 def read_limits(connection: Redis, queue: str) -> AdmissionLimits:
-    """The limits of a queue as they stand in Redis."""
-    raw = connection.hmget(keys.limits(queue), ["max_in_flight", "max_in_flight_fleet"])
-    values = [int(value) if value is not None else None for value in raw]
+    """The limits of a queue as they stand in Redis; what is no number there bounds nothing, as in lease.lua."""
+    raw: list[Any] = connection.hmget(keys.limits(queue), ["max_in_flight", "max_in_flight_fleet"])
+    values = [int(value) if value is not None and value.isdigit() else None for value in raw]
     return AdmissionLimits(max_in_flight=values[0], max_in_flight_fleet=values[1])
 
 

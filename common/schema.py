@@ -13,6 +13,9 @@ from typing import Annotated, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+# Of IngestRequest. A worker leaves jobs of a newer one to newer workers.
+SCHEMA_VERSION = 1
+
 # 128 bits: 2**64 documents before a collision is likely. RQ allows [A-Za-z0-9_-] in a job id.
 _JOB_ID_LENGTH = 32
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -17,11 +17,13 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from . import keys
-from .payload import FINISHED_STUB
+from .payload import FINISHED_STUB, MAX_PAYLOAD_BYTES
+from .schema import SCHEMA_VERSION
 from .settings import key_prefix
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.client import Pipeline
 
 # Jobs in one script call.
 CHUNK = 128
@@ -32,8 +34,8 @@ _FAR_SCAN = 1024
 # Payload bytes in one script call: one MULTI of 64 MB stalled another client for 69 ms (measured).
 MAX_CALL_BYTES = 4 * 1024 * 1024
 
-Gate = Literal["open", "suspended", "worker", "fleet"]
-Outcome = Literal["finished", "failed", "stopped", "scheduled", "queued", "fenced"]
+Gate = Literal["open", "suspended", "worker", "fleet", "company"]
+Outcome = Literal["finished", "failed", "stopped", "scheduled", "queued", "written", "fenced"]
 
 
 @cache
@@ -152,10 +154,12 @@ class LeasedJob:
     leased_ms: int
     # 1 for the first time.
     attempts: int
+    # Workers that were lost while they held it.
+    crashes: int
     # Seconds; None if the job names none.
     result_ttl: int | None
     failure_ttl: int | None
-    # An RQ feature that the job asks for and that isn't served here, or "".
+    # What the job asks for that isn't served here: an RQ feature, or "size" for a payload that is too large; or "".
     refused: str
 
     @property
@@ -188,6 +192,8 @@ def lease(
     lease_ttl: float,
     max_in_flight_fleet: int,
     call_id: str,
+    company: int = 0,
+    companies: Sequence[int] = (),
     position: int = 0,
 ) -> LeaseReply:
     """Leases at most min(want, CHUNK) jobs of `model`.
@@ -196,6 +202,8 @@ def lease(
         lease_ttl: seconds.
         max_in_flight_fleet: leases over all workers of the queue; 0 for no bound.
         call_id: 14 hexadecimal characters that no other call uses.
+        company: the smallest of `companies` that a job held already is bound to; 0 for none.
+        companies: of how many jobs in flight a job that lost 1, 2, ... workers may be one.
         position: where in the queue to start looking.
     """
     leased, unknown, gate, length, now_ms, next_position = _run(
@@ -207,6 +215,7 @@ def lease(
             keys.worker_executions(worker),
             keys.limits(queue),
             keys.suspended(),
+            keys.failed(queue),
         ],
         [
             key_prefix(),
@@ -222,6 +231,13 @@ def lease(
             now_iso(),
             position,
             CHUNK if position == 0 else _FAR_SCAN,
+            MAX_PAYLOAD_BYTES,
+            SCHEMA_VERSION,
+            pack_exception(
+                "InvalidJob: what is under the key of this job is no job: its type, its status or its model can't be"
+            ),
+            company,
+            *companies,
         ],
     )
     jobs = [
@@ -235,6 +251,7 @@ def lease(
             result_ttl=_ttl(result_ttl),
             failure_ttl=_ttl(failure_ttl),
             refused=refused.decode(),
+            crashes=crashes,
         )
         for (
             job_id,
@@ -246,6 +263,7 @@ def lease(
             result_ttl,
             failure_ttl,
             refused,
+            crashes,
         ) in leased
     ]
     return LeaseReply(
@@ -283,11 +301,11 @@ def _ttl(raw: bytes) -> int | None:
     return None if seconds is None else max(-1, min(seconds, _MAX_TTL))
 
 
-def adopt(connection: Redis, queue: str, models: Iterable[tuple[str, str]]) -> int:
-    """Writes down the model of jobs that plain RQ clients enqueued; returns how many."""
+def adopt(connection: Redis, queue: str, needs: Iterable[tuple[str, str, int]]) -> int:
+    """Writes down what jobs need of a worker: id, model, schema version; returns of how many that was news."""
     args = [key_prefix(), queue]
-    for job_id, model in models:
-        args += (job_id, model)
+    for job_id, model, schema in needs:
+        args += (job_id, model, str(schema))
     return cast(int, _run(connection, "adopt", [], args))
 
 
@@ -341,47 +359,143 @@ class HandedBack:
 
 
 def hand_back(
-    connection: Redis, queue: str, *, failure_ttl: int, members: Sequence[str] = (), max_attempts: int = 0
+    connection: Redis,
+    queue: str,
+    *,
+    failure_ttl: int,
+    members: Sequence[str] = (),
+    worker: str = "",
+    incarnation: str = "",
+    max_crashes: int = 0,
+    reason: str = "",
+    not_after: float | None = None,
 ) -> HandedBack:
-    """Returns leases to the front of the queue in the order in which they were leased.
+    """Returns at most CHUNK leases to the front of the queue in the order in which they were leased.
 
     Args:
         failure_ttl: seconds that a dead letter is kept if its job names none.
-        members: leases "id:execution", at most CHUNK; none: up to CHUNK that have expired.
-        max_attempts: a job leased that often is dead-lettered instead; 0: the hand-back is no attempt.
+        members: leases "id:execution", at most CHUNK; none: those of `worker`, or else those that have expired. Of more
+            leases than CHUNK come those leased last.
+        incarnation: of `worker`; the leases of another of that name are left alone.
+        max_crashes: the leases' worker was lost: a job that lost that many is dead-lettered. 0: the hand-back is
+            neither an attempt nor a crash.
+        reason: how the worker was lost.
+        not_after: seconds since the epoch by Redis' clock after which the call does nothing.
     """
-    reason = pack_exception(
-        f"WorkerLost: {max_attempts} workers failed, died or lost their lease while they ran this document"
-    )
+    exception = f"WorkerLost: {max_crashes} workers were lost while they ran this document; the last: {reason}"
     queued, dead_lettered, lost = _run(
         connection,
         "hand_back",
         [keys.queue(queue), keys.started(queue), keys.failed(queue)],
-        [key_prefix(), queue, now_iso(), keys.STOCK_GRACE, max_attempts, reason, failure_ttl, CHUNK, *members],
+        [
+            key_prefix(),
+            queue,
+            now_iso(),
+            keys.STOCK_GRACE,
+            max_crashes,
+            pack_exception(exception) if max_crashes else "",
+            failure_ttl,
+            CHUNK,
+            worker,
+            incarnation,
+            "" if not_after is None else not_after,
+            *members,
+        ],
     )
     return HandedBack(queued=queued, dead_lettered=dead_lettered, lost=lost)
 
 
+def hand_back_all(connection: Redis, queue: str, **options: Any) -> HandedBack:
+    """Returns every lease of a worker, or every expired one; takes `hand_back`'s arguments but `members`."""
+    queued = dead_lettered = lost = 0
+    while True:
+        part = hand_back(connection, queue, **options)
+        queued, dead_lettered, lost = queued + part.queued, dead_lettered + part.dead_lettered, lost + part.lost
+        if part.queued + part.dead_lettered + part.lost < CHUNK:
+            return HandedBack(queued=queued, dead_lettered=dead_lettered, lost=lost)
+
+
+Presence = Literal["known", "forgotten", "replaced"]
+
+
 def renew(
-    connection: Redis, queue: str, *, worker: str, lease_ttl: float, worker_ttl: int, members: Sequence[str]
-) -> tuple[bool, list[str]]:
-    """Extends the worker's leases and its heartbeat.
+    connection: Redis, queue: str, *, worker: str, incarnation: str, lease_ttl: float, worker_ttl: int
+) -> Presence:
+    """Extends all leases of a worker and its record.
 
     Returns:
-        Whether RQ's record of the worker is still there, and the leases that are gone.
+        "known"; "forgotten": Redis has no record of the worker; "replaced": another has its name, nothing was extended.
     """
-    gone: list[str] = []
-    known = 1
-    for start in range(0, max(len(members), 1), CHUNK * 4):
-        part = members[start : start + CHUNK * 4]
-        known, positions = _run(
-            connection,
-            "renew",
-            [keys.started(queue), keys.worker_executions(worker), keys.worker(worker)],
-            [lease_ttl + keys.STOCK_GRACE, worker_ttl, now_iso(), *part],
-        )
-        gone += [part[position - 1] for position in positions]
-    return known == 1, gone
+    word = _run(
+        connection,
+        "renew",
+        [keys.started(queue), keys.worker_executions(worker), keys.worker(worker)],
+        [lease_ttl, keys.STOCK_GRACE, worker_ttl, now_iso(), incarnation],
+    )
+    return cast(Presence, word.decode())
+
+
+def claim(
+    connection: Redis,
+    queue: str,
+    *,
+    worker: str,
+    incarnation: str,
+    dead: str,
+    lease_ttl: float,
+    worker_ttl: int,
+    record: Mapping[str, Any],
+) -> int:
+    """Registers a worker under its name with RQ, unless a live one has it.
+
+    Args:
+        dead: incarnation of a former holder of the name that is known to be dead, or "".
+        record: RQ's fields.
+
+    Returns:
+        0, or the seconds until the name is free if its holder is dead.
+    """
+    fields = [part for item in record.items() for part in item]
+    claimed, *left = _run(
+        connection,
+        "claim",
+        [keys.worker(worker), keys.workers(), keys.workers_of(queue)],
+        [incarnation, dead, lease_ttl, worker_ttl, *fields],
+    )
+    return 0 if claimed else cast(int, left[0])
+
+
+def sign_off(connection: Redis, queue: str, *, worker: str, incarnation: str) -> None:
+    """Takes a dead worker off RQ's lists, unless another has its name."""
+    _run(
+        connection,
+        "sign_off",
+        [
+            keys.worker(worker),
+            keys.workers(),
+            keys.workers_of(queue),
+            keys.worker_executions(worker),
+            keys.engines(queue),
+        ],
+        [worker, incarnation, now_iso()],
+    )
+
+
+def write_fields(connection: Redis, key: str, fields: Mapping[str, str], *, ttl: int | None = None) -> None:
+    """Sets fields of a hash, also when Redis is full; `ttl` in seconds."""
+    _run(
+        connection,
+        "write_fields",
+        [key],
+        ["" if ttl is None else ttl, *(part for item in fields.items() for part in item)],
+    )
+
+
+def machine_failed(
+    connection: Redis, queue: str, machine: str, *, phase: str, reason: str, max_failures: int, ttl: int
+) -> None:
+    """Counts one more failure in a row of a machine's engine; see machine_health.py."""
+    _run(connection, "machine_failed", [keys.machines(queue)], [machine, phase, reason, max_failures, ttl])
 
 
 def promote(connection: Redis, queue: str) -> int:
@@ -446,8 +560,8 @@ def fetch(connection: Redis, job_ids: Sequence[str], *, group_id: str = "") -> l
     """Where jobs stand, with the newest result of each, in the order given. One round trip."""
     source, _ = _script("fetch")
     with connection.pipeline(transaction=False) as pipeline:
-        for start in range(0, len(job_ids), CHUNK):  # EVAL: as in `_start`
-            pipeline.eval(source, 0, key_prefix(), group_id, *job_ids[start : start + CHUNK])
+        for start in range(0, len(job_ids), CHUNK):  # EVAL: as in `_start`; _RO: a reader need not be allowed more
+            pipeline.eval_ro(source, 0, key_prefix(), group_id, *job_ids[start : start + CHUNK])
         flat = [value for reply in pipeline.execute() for value in reply]
     return [_fetched(job_id, flat[9 * i : 9 * i + 9]) for i, job_id in enumerate(job_ids)]
 
@@ -460,12 +574,20 @@ def _fetched(job_id: str, fields: Sequence[bytes]) -> FetchedJob:
         in_group=in_group == b"1",
         description=description.decode(errors="replace"),
         result_type=_int(result_type),
-        return_value=b64decode(value) if value else None,
+        return_value=_unpacked(value) if value else None,
         exception=unpack_exception(exception) if exception else None,
         worker=worker.decode(errors="replace") or None,
         attempts=max(0, min(_int(attempts) or 0, 2**63 - 1)),
         data=data,
     )
+
+
+def _unpacked(value: bytes) -> bytes:
+    """A stored return value; empty, which is no row, where it can't be read."""
+    try:
+        return b64decode(value)
+    except ValueError:
+        return b""
 
 
 # A stored exception is inflated to this many bytes at most: 512 MiB of zeros fit in 509 KiB of zlib.
@@ -482,5 +604,33 @@ def unpack_exception(packed: bytes) -> str:
 
 def tally(connection: Redis, group_id: str, *, first: int, last: int) -> dict[str, int]:
     """Members of a group from rank `first` to `last`, counted by RQ status ("" for a job that is gone)."""
-    flat = _run(connection, "tally", [keys.group_members(group_id)], [key_prefix(), group_id, first, last])
+    source, _ = _script("tally")
+    members = keys.group_members(group_id)
+    # Redis 7.0 lets EVAL and EVALSHA have only keys that its user may write.
+    flat = cast(list[Any], connection.eval_ro(source, 1, members, key_prefix(), group_id, str(first), str(last)))
     return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+# Milliseconds that the barrier's key lasts: it is there to be written, not read.
+_BARRIER_TTL_MS = 60_000
+
+
+def write_barrier(pipeline: Pipeline) -> None:
+    """Adds a small write to a pipeline: WAITAOF or WAIT after it waits for all that the server took before."""
+    source, _ = _script("barrier")
+    pipeline.eval(source, 1, keys.barrier(), _BARRIER_TTL_MS)
+
+
+def retry(connection: Redis, queue: str, job_ids: Sequence[str], *, stamp: str) -> list[bool]:
+    """Puts at most CHUNK failed or stopped jobs back into the queue; False for one that is not failed any more.
+
+    Args:
+        stamp: `now_iso()`, the same where the call is repeated after a lost connection.
+    """
+    words = _run(
+        connection,
+        "retry",
+        [keys.queue(queue), keys.failed(queue), keys.queues()],
+        [key_prefix(), queue, stamp, *job_ids],
+    )
+    return [word == 1 for word in words]

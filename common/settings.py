@@ -41,6 +41,8 @@ class Settings(BaseModel):
     model_name: str | None = None
 
     # --- producer
+    # What `enqueue` waits for: memory (the server has it), aof (its disk has it), replica (a replica has it).
+    durability: Literal["memory", "aof", "replica"] = "memory"
     # UTF-8 bytes of one document's text. A 64 KB text costs 97 KB in Redis (measured, notes on RQ).
     max_text_bytes: int = Field(default=65536, ge=1, le=16 * 1024 * 1024)
     # Seconds that a finished row is kept: 7 days.
@@ -65,8 +67,17 @@ class Settings(BaseModel):
     max_in_flight_fleet: int = Field(default=0, ge=0, le=2**31 - 1)
     # Seconds after which the lease of a lost worker is taken over.
     lease_ttl: float = Field(default=60.0, ge=1.0, le=3600.0)
-    # Leases that a document may lose with its worker before it is failed.
-    max_attempts: int = Field(default=3, ge=1, le=100)
+    # Workers that a document may take down with it, or lose, before it is failed.
+    max_crashes: int = Field(default=3, ge=1, le=100)
+    # Seconds that one engine step may take before the guardian kills the worker: a recompile takes minutes.
+    step_timeout: float = Field(default=600.0, ge=1.0, le=86400.0)
+    # Seconds from lease to result; a document that takes longer is aborted and failed (RQ's Retry applies).
+    document_timeout: float = Field(default=3600.0, ge=1.0, le=7 * 86400.0)
+    # Where the machine says that it is about to be preempted, in the form of Google's metadata server. Default: that
+    # server on a Google machine, nothing elsewhere.
+    preemption_url: str | None = None
+    # Failures to start the engine, in a row, after which this machine's workers take no work.
+    max_failures: int = Field(default=5, ge=1, le=1000)
     # What to do when prompt + max_tokens exceeds max_model_len: fail the document, or lower max_tokens to what fits.
     over_length: Literal["refuse", "clamp"] = "refuse"
 

@@ -22,7 +22,9 @@ T = TypeVar("T")
 _IDLE_WAIT = 0.01
 
 
-def feed_continuously(engine: Engine, courier: Courier, first: Prompt, stopping: Callable[[], bool]) -> None:
+def feed_continuously(
+    engine: Engine, courier: Courier, first: Prompt, stopping: Callable[[], bool], alive: Callable[[], None]
+) -> None:
     """Steps the engine until it is idle and nothing is ready, adding prompts between steps.
 
     Outputs are the same as those of one `generate` call over the same prompts at temperature 0.
@@ -30,9 +32,11 @@ def feed_continuously(engine: Engine, courier: Courier, first: Prompt, stopping:
     Args:
         first: the prompt that ended the wait.
         stopping: whether a warm shutdown has begun: what the engine has is finished, nothing is added.
+        alive: called before each step.
     """
     _add(engine, courier, [first])
-    while True:
+    while not courier.closing:
+        alive()
         if not stopping():
             _add(engine, courier, _drained(courier.inbox))
         # After what it adds: a prompt that waited in the inbox may have been cancelled meanwhile.
@@ -49,7 +53,9 @@ def feed_continuously(engine: Engine, courier: Courier, first: Prompt, stopping:
                 _add(engine, courier, [courier.inbox.get(timeout=_IDLE_WAIT)])
 
 
-def feed_waves(engine: Engine, courier: Courier, first: Prompt, stopping: Callable[[], bool]) -> None:
+def feed_waves(
+    engine: Engine, courier: Courier, first: Prompt, stopping: Callable[[], bool], alive: Callable[[], None]
+) -> None:
     """Runs one wave: what is admitted is gathered, then goes through one `generate` call.
 
     Documents that are cancelled meanwhile run to the end of their wave; their results are fenced.
@@ -61,6 +67,7 @@ def feed_waves(engine: Engine, courier: Courier, first: Prompt, stopping: Callab
     if stopping():
         return  # the worker ends, and hands back what it holds
     wave += _drained(courier.inbox)
+    alive()
     aborted = set(_drained(courier.aborts))
     for completion in engine.generate([prompt for prompt in wave if prompt.prompt_id not in aborted]):
         courier.post(Completed(completion.prompt_id, completion))

@@ -1,6 +1,7 @@
 """`Housekeeper`: what must go on while the engine steps, in a thread of its own.
 
-Renews leases, notices those that were cancelled, takes over those of lost workers, moves due retries into the queue.
+Keeps the guardian alive, notices leases that were cancelled, takes over those of lost workers, moves due retries into
+the queue. The guardian renews the leases; this thread only steps in where it doesn't.
 """
 
 from __future__ import annotations
@@ -8,26 +9,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 from ..common import engine_card, keys, scripts
+from ..common.connections import SOCKET_TIMEOUT
 from ..common.engine_card import EngineCard
 from ..common.settings import Settings
 from .courier import Courier, Lost
+from .guardian import Guardian
+from .vitals import Duty, Vitals
 
 logger = logging.getLogger(__name__)
 
 # Seconds between looks at leases, expired ones and due retries.
 _TICK = 1.0
 
+# Seconds between looks at what this machine says: the guardian, its notice of preemption, signals.
+_LOOK = 0.2
+
 # Seconds between renewals of the engine card: a quarter of what it lasts.
 _CARD_INTERVAL = engine_card.CARD_TTL / 4
-
-# Seconds between renewals of the worker's record at most: RQ lets it last eight minutes.
-_MAX_RENEWAL = 60.0
 
 
 class Housekeeper:
@@ -43,35 +47,47 @@ class Housekeeper:
         settings: Settings,
         *,
         worker: str,
+        incarnation: str,
         worker_ttl: int,
+        guardian: Guardian,
+        vitals: Vitals,
+        look: Callable[[], None],
         state: Callable[[], str],
         register: Callable[[], None],
-        tidy: Callable[[], None],
-        tidy_interval: float,
+        replaced: Callable[[], None],
+        duties: Mapping[Callable[[], None], float],
     ) -> None:
         """
         Args:
+            incarnation: tells this worker from others of its name.
             worker_ttl: seconds that RQ's record of this worker lasts without a heartbeat.
+            look: called at every tick, whether Redis is there or not.
             state: RQ's word for what the worker does now.
             register: writes the worker's record anew, should it have expired.
-            tidy: forgets dead workers and expired rows; called every `tidy_interval` seconds.
+            replaced: called when another worker has taken this one's name.
+            duties: what else there is to do with Redis, and seconds between two times.
         """
         self._connection = connection
         self._settings = settings
         self._worker = worker
+        self._incarnation = incarnation
         self._worker_ttl = worker_ttl
+        self._guardian = guardian
+        self._vitals = vitals
+        self._look = look
         self._state = state
         self._shown_state = ""
         self._register = register
-        # In this order when several are due. Four chances to renew a lease before it ends.
+        self._replaced = replaced
+        # In this order when several are due: a worker doesn't take over what is its own.
         self._every = {
-            self._renew: min(settings.lease_ttl / 4, _MAX_RENEWAL),
+            self._check_in: min(_TICK, settings.lease_ttl / 8),
             self._notice_lost: _TICK,
             self._show_state: _TICK,
             self._take_over: _TICK,
             self._promote: _TICK,
             self._publish: _CARD_INTERVAL,
-            tidy: tidy_interval,
+            **duties,
         }
         self._due = dict.fromkeys(self._every, 0.0)
         # Since when Redis has answered without a break.
@@ -101,11 +117,20 @@ class Housekeeper:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while not self._stop.wait(min(_TICK, self._settings.lease_ttl / 8)):
+        while not self._stop.wait(min(_LOOK, self._settings.lease_ttl / 8)):
+            self._promise()
+            self._guardian.ensure()
+            self._look()
             for duty, interval in self._every.items():
                 if time.monotonic() >= self._due[duty]:
                     self._due[duty] = time.monotonic() + interval
+                    self._promise()
                     self._attempt(duty)
+        self._vitals.release(Duty.HOUSEKEEPER)
+
+    def _promise(self) -> None:
+        if self._courier:
+            self._vitals.promise(Duty.HOUSEKEEPER, self._settings.step_timeout + 2 * SOCKET_TIMEOUT)
 
     def _attempt(self, duty: Callable[[], None]) -> None:
         try:
@@ -118,36 +143,41 @@ class Housekeeper:
             # One duty's bug must not end the renewal of leases.
             logger.exception("housekeeping failed; it is tried again", extra={"action": "housekeeping_failed"})
 
-    def _members(self) -> list[str]:
-        return self._courier.members if self._courier else []
+    def _check_in(self) -> None:
+        """Sees to it that the worker is known, under a name that is its own, and that somebody renews its leases."""
+        with self._connection.pipeline(transaction=False) as pipeline:
+            pipeline.time()
+            pipeline.hmget(keys.worker(self._worker), "incarnation", "alive_until")
+            (seconds, micros), (incarnation, alive_until) = pipeline.execute()
+        if incarnation is None:
+            self._register()
+        elif incarnation.decode(errors="replace") != self._incarnation:
+            self._replaced()
+        elif _number(alive_until) - seconds - micros / 1e6 < self._settings.lease_ttl / 2:
+            self._renew()
 
     def _renew(self) -> None:
-        known, gone = scripts.renew(
+        """Does the guardian's work, which is late: it is being started, or it hangs."""
+        scripts.renew(
             self._connection,
             self._settings.queue,
             worker=self._worker,
+            incarnation=self._incarnation,
             lease_ttl=self._settings.lease_ttl,
             worker_ttl=self._worker_ttl,
-            members=self._members(),
         )
-        self._report(gone)
-        if not known:
-            self._register()
 
     def _notice_lost(self) -> None:
         """Finds leases that ended early; stock `Job.cancel` and `Job.delete` tell nobody."""
-        if members := self._members():
+        if self._courier and (members := self._courier.members):
             scores = self._connection.zmscore(keys.started(self._settings.queue), members)
-            self._report([member for member, score in zip(members, scores, strict=True) if score is None])
-
-    def _report(self, gone: list[str]) -> None:
-        if gone and self._courier:
-            self._courier.post(Lost(gone))
+            if gone := [member for member, score in zip(members, scores, strict=True) if score is None]:
+                self._courier.post(Lost(gone))
 
     def _show_state(self) -> None:
         """Tells RQ's tools, here and not on the main thread, which would have to wait for Redis."""
         if (state := self._state()) != self._shown_state:
-            self._connection.hset(keys.worker(self._worker), "state", state)
+            scripts.write_fields(self._connection, keys.worker(self._worker), {"state": state})
             self._shown_state = state
 
     def _take_over(self) -> None:
@@ -157,23 +187,22 @@ class Housekeeper:
         """
         if time.monotonic() - self._in_touch_since < self._settings.lease_ttl / 2:
             return
-        queued = dead_lettered = 0
-        while True:
-            returned = scripts.hand_back(
-                self._connection,
-                self._settings.queue,
-                failure_ttl=self._settings.failure_ttl,
-                max_attempts=self._settings.max_attempts,
-            )
-            queued, dead_lettered = queued + returned.queued, dead_lettered + returned.dead_lettered
-            if returned.queued + returned.dead_lettered + returned.lost < scripts.CHUNK:
-                break
-        if queued or dead_lettered:
+        seconds, _ = self._connection.time()
+        returned = scripts.hand_back_all(
+            self._connection,
+            self._settings.queue,
+            failure_ttl=self._settings.failure_ttl,
+            max_crashes=self._settings.max_crashes,
+            reason="its lease ended without a word of it or of its guardian",
+            # A stalled server would run the call when it wakes, before anybody could have renewed a lease.
+            not_after=seconds + max(1.0, self._settings.lease_ttl / 4),
+        )
+        if returned.queued or returned.dead_lettered:
             logger.warning(
-                "took over expired leases: %d documents queued again, %d failed after %d attempts",
-                queued,
-                dead_lettered,
-                self._settings.max_attempts,
+                "took over expired leases: %d documents queued again, %d failed after %d crashes",
+                returned.queued,
+                returned.dead_lettered,
+                self._settings.max_crashes,
                 extra={"action": "take_over"},
             )
 
@@ -184,3 +213,11 @@ class Housekeeper:
     def _publish(self) -> None:
         if self._card:
             engine_card.publish(self._connection, self._settings.queue, self._worker, self._card)
+
+
+def _number(raw: bytes | None) -> float:
+    """A number from Redis, 0 where somebody wrote something else."""
+    try:
+        return float(raw or 0)
+    except ValueError:
+        return 0.0

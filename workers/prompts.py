@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from ..common import payload
 from ..common.errors import InvalidJob, PromptEmpty, PromptTooLong
-from ..common.schema import IngestRequest, Sampling
+from ..common.schema import SCHEMA_VERSION, IngestRequest, Sampling
 from ..common.scripts import LeasedJob
 from .engines.base import Engine, Prompt
 
 # The model of a job that is not a valid request: any worker may lease it, in order to fail it with its reason.
 ANY_MODEL = "*"
 
+# No release will come to this one: a job that claims a higher version is a malformed one.
+_MAX_SCHEMA = 1000
+
+
+class NewerSchema(Exception):
+    """A job waits for a worker of a newer release.
+
+    Attributes:
+        schema: the version that it is of.
+    """
+
+    def __init__(self, schema: int) -> None:
+        super().__init__(f"schema version {schema}, this worker reads {SCHEMA_VERSION}")
+        self.schema = schema
+
 
 def parse_request(job: LeasedJob) -> IngestRequest:
     """The request in a job.
 
     Raises:
-        InvalidJob: another function, other arguments, an unknown field, or an RQ feature that isn't served.
+        NewerSchema: it is for a newer worker.
+        InvalidJob: another function, other arguments, an unknown field, an RQ feature that isn't served, or too large.
     """
+    if job.refused == "size":
+        raise InvalidJob(f"job {job.job_id}: the payload is over {payload.MAX_PAYLOAD_BYTES} bytes; split the document")
     if job.refused:
         raise InvalidJob(f"job {job.job_id}: RQ's {job.refused!r} is not served by BatchWorker; enqueue without it")
+    argument = payload.argument(job.data)
+    if (schema := _schema_of(argument)) > SCHEMA_VERSION:
+        raise NewerSchema(schema)
     try:
-        return IngestRequest.model_validate(payload.argument(job.data))
+        return IngestRequest.model_validate(argument)
     except ValidationError as error:
         reasons = "; ".join(f"{_name(item['loc'])}: {item['msg']}" for item in error.errors()[:5])
         raise InvalidJob(f"job {job.job_id}: not a valid IngestRequest: {reasons}") from None
@@ -36,13 +57,20 @@ def _name(location: tuple[int | str, ...]) -> str:
     return ascii(".".join(map(str, location)))[1:-1][:80]
 
 
-def model_of(data: bytes) -> str:
-    """The model that a payload asks for, or ANY_MODEL if it can't be told."""
+def needs_of(data: bytes) -> tuple[str, int]:
+    """The model and the schema version that a payload asks for; ANY_MODEL if they can't be told."""
     try:
-        model = payload.argument(data)["model"]
-    except (InvalidJob, KeyError):
-        return ANY_MODEL
-    return model if isinstance(model, str) and model else ANY_MODEL
+        argument = payload.argument(data)
+    except InvalidJob:
+        return ANY_MODEL, SCHEMA_VERSION
+    model = argument.get("model")
+    return model if isinstance(model, str) and model else ANY_MODEL, _schema_of(argument)
+
+
+def _schema_of(argument: dict[str, Any]) -> int:
+    """A newer schema version, or ours: what isn't a version at all is for validation to refuse."""
+    schema = argument.get("schema_version")
+    return schema if type(schema) is int and SCHEMA_VERSION < schema < _MAX_SCHEMA else SCHEMA_VERSION
 
 
 def build_prompt(

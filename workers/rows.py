@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..common.engine_card import EngineCard
-from ..common.errors import DocumentError, EngineError
+from ..common.errors import DocumentError, DocumentTimeout, EngineError
 from ..common.schema import IngestRequest, IngestResult, Status, Usage
 from ..common.scripts import Finish, LeasedJob
 from .engines.base import Completion
@@ -29,7 +29,8 @@ class RowWriter:
             request: None if the job has no valid one.
         """
         if isinstance(outcome, DocumentError):
-            return self._failed(job, request, "P", type(outcome).__name__, str(outcome))
+            kind: Literal["F", "P"] = "F" if isinstance(outcome, DocumentTimeout) else "P"
+            return self._failed(job, request, kind, type(outcome).__name__, str(outcome))
         if outcome.finish_reason == "error":
             return self._failed(job, request, "F", EngineError.__name__, outcome.error or "the engine gave no reason")
         result = self._row(
@@ -47,7 +48,10 @@ class RowWriter:
             run_ms=round(outcome.run_ms, 3),
         )
         ttl = self.result_ttl if job.result_ttl is None else job.result_ttl
-        return Finish(job=job, kind="S", ttl=ttl, result_json=result.to_json())
+        try:
+            return Finish(job=job, kind="S", ttl=ttl, result_json=result.to_json())
+        except UnicodeError as error:
+            return self._failed(job, request, "P", "ResultNotSerializable", f"the output is not Unicode text: {error}")
 
     def stopped(self, job: LeasedJob, request: IngestRequest | None) -> Finish:
         """The end of a document that was stopped on request."""
@@ -58,6 +62,7 @@ class RowWriter:
     def _failed(
         self, job: LeasedJob, request: IngestRequest | None, kind: Literal["F", "P"], error_class: str, message: str
     ) -> Finish:
+        message = message.encode(errors="replace").decode()  # an engine may quote what is not Unicode
         result = self._row(job, request, Status.FAILED, error_class=error_class, error_message=message)
         return self._dead(job, kind, result, f"{error_class}: {message}")
 

@@ -1,13 +1,17 @@
 #!lua flags=allow-oom
--- Writes down which model a plain RQ client's queued job asks for ('*': any worker may take it, to refuse it).
+-- Writes down what a job's payload says of which worker it needs: of a plain RQ client's job, or of one whose schema
+-- turned out to be too new.
 -- KEYS none: one job key is made for each id
--- ARGV 1 key prefix, 2 queue name, then per job: id, model
+-- ARGV 1 key prefix, 2 queue name, then per job: id, model ('*': any worker may take it, to refuse it), schema version
 -- Returns how many were adopted.
 local adopted = 0
-for i = 3, #ARGV, 2 do
+for i = 3, #ARGV, 3 do
   local key = ARGV[1] .. ':job:' .. ARGV[i]
-  if redis.call('HGET', key, 'status') == 'queued' then
-    adopted = adopted + redis.call('HSETNX', key, 'model', ARGV[i + 1])
+  local status = read(key, 'status')[1]
+  if status == 'queued' or status == 'started' then
+    local known = redis.call('HSETNX', key, 'model', ARGV[i + 1])
+    if ARGV[i + 2] ~= '1' then known = redis.call('HSET', key, 'schema', ARGV[i + 2]) end
+    adopted = adopted + known
     wake(ARGV[1], ARGV[2], ARGV[i + 1])
   end
 end

@@ -11,7 +11,7 @@ local members = redis.call('ZRANGE', KEYS[1], ARGV[3], ARGV[4])
 local cancelled, left, terminal = 0, 0, 0
 
 local function end_job(key, id, queue_name)
-  for _, execution in ipairs(redis.call('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
+  for _, execution in ipairs(redis.pcall('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
     local lease = id .. ':' .. execution
     local worker = redis.call('HGET', prefix .. ':execution:' .. lease, 'worker_name')
     drop_lease(prefix, prefix .. ':wip:' .. queue_name, lease, worker)
@@ -19,13 +19,14 @@ local function end_job(key, id, queue_name)
   redis.call('ZREM', prefix .. ':scheduled:' .. queue_name, id)
   redis.call('HSET', key, 'status', 'canceled', 'ended_at', iso)
   redis.call('EXPIRE', key, ttl)
+  redis.call('EXPIRE', prefix .. ':results:' .. id, ttl)  -- of a run before
   redis.call('ZADD', prefix .. ':canceled:' .. queue_name, now_ms() / 1000 + ttl, id)
 end
 
 for _, member in ipairs(members) do
   local id = job_of(member)
   local key = prefix .. ':job:' .. id
-  local f = redis.call('HMGET', key, 'status', 'groups', 'origin')
+  local f = read(key, 'status', 'groups', 'origin')
   if is_live(f[1]) then
     local holders = f[2] or ''  -- without the field it is a plain RQ client's
     local others = without_group(holders, group)
@@ -37,10 +38,11 @@ for _, member in ipairs(members) do
         cancelled = cancelled + 1
         end_job(key, id, f[3] or '')
       end
-      redis.call('XADD', KEYS[2], '*', 'j', id)
+      redis.pcall('XADD', KEYS[2], '*', 'j', id)
     end
   else
     terminal = terminal + 1
   end
 end
+redis.call('EXPIRE', KEYS[2], math.max(redis.call('TTL', KEYS[1]), 1))  -- it may be new
 return {#members, cancelled, left, terminal}

@@ -10,7 +10,7 @@
 local prefix, queue_name, group, group_ttl, iso = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local lone = '(lone)'
 local holder = group ~= '' and group or lone
-local now, outcome, fresh, models, members = now_ms(), {}, {}, {}, {}
+local now, outcome, models, members = now_ms(), {}, {}, {}
 local rank = 0
 
 -- Without the groups that have expired; a document that is submitted every hour would collect them for ever.
@@ -27,6 +27,7 @@ local function with_holder(groups)
   return others == '' and holder or others .. ' ' .. holder
 end
 
+redis.call('LLEN', KEYS[1])  -- an error, if it is no list, before anything is written
 if group ~= '' then
   if redis.call('HSETNX', KEYS[3], 'created_ms', now) == 1 then
     redis.call('HSET', KEYS[3], 'queue', queue_name, 'ttl', group_ttl)
@@ -36,7 +37,7 @@ end
 for i = 11, #ARGV, 4 do
   local id, data, document, model = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local key, results = prefix .. ':job:' .. id, prefix .. ':results:' .. id
-  local seen = redis.call('HMGET', key, 'status', 'groups', 'origin')
+  local seen = read(key, 'status', 'groups', 'origin')
   local status = seen[1]
   if group ~= '' then
     rank = rank + 1
@@ -47,7 +48,7 @@ for i = 11, #ARGV, 4 do
     outcome[#outcome + 1] = 3
     if group ~= '' then
       redis.call('HSET', key, 'groups', with_holder(seen[2] or lone))
-      redis.call('XADD', KEYS[5], '*', 'j', id)
+      redis.pcall('XADD', KEYS[5], '*', 'j', id)  -- not to end midway, with jobs that are in no queue
     end
   elseif is_live(status) then
     outcome[#outcome + 1] = 2
@@ -55,26 +56,25 @@ for i = 11, #ARGV, 4 do
   else
     -- New, or failed, cancelled, stopped or expired: it runs (again), as if it had never been there.
     outcome[#outcome + 1] = 1
-    if status then
+    if redis.call('EXISTS', key) == 1 then
       redis.call('DEL', key, results)
       for _, registry in ipairs({':finished:', ':failed:', ':canceled:'}) do
         redis.call('ZREM', prefix .. registry .. (seen[3] or queue_name), id)
       end
     end
+    -- Into the queue first: should a write fail, what stays is an id without a job, which a worker drops, and not a job
+    -- that every later call would join and no worker would find.
+    redis.call('RPUSH', KEYS[1], id)
     redis.call('HSET', key, 'data', data, 'status', 'queued', 'origin', queue_name, 'description', document,
       'created_at', iso, 'enqueued_at', iso, 'enqueued_ms', now, 'model', model,
       'result_ttl', ARGV[6], 'failure_ttl', ARGV[7], 'groups', status and with_holder(seen[2] or '') or holder)
     if ARGV[8] ~= '' then redis.call('HSET', key, 'retries_left', ARGV[8], 'retry_intervals', ARGV[9]) end
     if ARGV[10] == '1' then redis.call('HSET', key, 'enqueue_at_front_on_retry', 1) end
-    fresh[#fresh + 1] = id
     models[model] = true
   end
 end
-if #fresh > 0 then
-  redis.call('RPUSH', KEYS[1], unpack(fresh))
-  redis.call('SADD', KEYS[2], KEYS[1])
-  for model in pairs(models) do wake(prefix, queue_name, model) end
-end
+if next(models) then redis.call('SADD', KEYS[2], KEYS[1]) end
+for model in pairs(models) do wake(prefix, queue_name, model) end
 if group ~= '' then
   redis.call('ZADD', KEYS[4], 'NX', unpack(members))
   redis.call('HSET', KEYS[3], 'seen_ms', now, 'next_rank', rank)

@@ -7,10 +7,10 @@
 --   data of a job that ended without a return value or ''
 local rows = {}
 for i = 3, #ARGV do
-  local f = redis.call('HMGET', ARGV[1] .. ':job:' .. ARGV[i], 'status', 'groups', 'description', 'attempts')
+  local f = read(ARGV[1] .. ':job:' .. ARGV[i], 'status', 'groups', 'description', 'attempts')
   local status, r, data = f[1] or '', {}, ''
   if status == 'finished' or status == 'failed' or status == 'stopped' then
-    local newest = redis.call('XREVRANGE', ARGV[1] .. ':results:' .. ARGV[i], '+', '-', 'COUNT', 1)[1]
+    local newest = redis.pcall('XREVRANGE', ARGV[1] .. ':results:' .. ARGV[i], '+', '-', 'COUNT', 1)[1]
     for k = 1, newest and #newest[2] or 0, 2 do r[newest[2][k]] = newest[2][k + 1] end
   end
   if (status == 'canceled' or status == 'failed' or status == 'stopped') and not r.return_value then

@@ -1,38 +1,58 @@
 #!lua flags=allow-oom
 -- Puts leased jobs back at the front of the queue in the order in which they were leased.
 -- KEYS 1 queue, 2 started (wip), 3 failed
--- ARGV 1 key prefix, 2 queue name, 3 now (ISO), 4 stock grace (s), 5 attempts at most (0: the hand-back is not an
---      attempt), 6 exception of a dead letter (base64, zlib), 7 failure ttl (s) of a job that names none, 8 jobs at most,
---      then the leases "id:execution"; none given: those that have expired
+-- ARGV 1 key prefix, 2 queue name, 3 now (ISO), 4 stock grace (s), 5 crashes at most (0: the hand-back is neither an
+--      attempt nor a crash), 6 exception of a dead letter (base64, zlib), 7 failure ttl (s) of a job that names none,
+--      8 jobs at most, 9 worker or '', 10 its incarnation, 11 not after (s by this server's clock) or '', then the leases
+--      "id:execution"
+--      No leases given: the worker's, as long as its name is its own; without a worker, those that have expired.
 -- Returns { handed back, dead-lettered, lost before }.
-local prefix, queue_name, iso, max_attempts = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[5])
-local now = now_ms() / 1000
+-- Of more leases than it may take it takes those leased last: the next call puts its jobs in front of them.
+local prefix, queue_name, iso, max_crashes = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[5])
+local now, limit, owner = now_ms() / 1000, tonumber(ARGV[8]), ARGV[9]
+-- Expired leases to sort at most: all of any one worker's. More of them are of several workers, which have no order.
+local SORTED = 8192
 local members = {}
-for i = 9, #ARGV do members[#members + 1] = ARGV[i] end
-if #members == 0 then
-  members = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now + tonumber(ARGV[4]), 'LIMIT', 0, ARGV[8])
+-- A call may lie in a stalled server's buffers long after its caller has given it up: what it knew isn't so any more.
+if ARGV[11] ~= '' and now > tonumber(ARGV[11]) then return {0, 0, 0} end
+if owner ~= '' then
+  local incarnation = read(prefix .. ':worker:' .. owner, 'incarnation')[1]
+  if incarnation and incarnation ~= ARGV[10] then return {0, 0, 0} end
 end
-table.sort(members, function(a, b) return execution_of(a) > execution_of(b) end)  -- last leased first, because of LPUSH
+heal(KEYS[1], 'list')
+heal(KEYS[3], 'zset')
+if #ARGV > 11 then
+  for i = 12, #ARGV do members[#members + 1] = ARGV[i] end
+elseif owner ~= '' then
+  members = redis.call('SMEMBERS', prefix .. ':worker:' .. owner .. ':executions')
+else
+  members = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now + tonumber(ARGV[4]), 'LIMIT', 0, SORTED)
+end
+local execution = {}
+for _, member in ipairs(members) do execution[member] = execution_of(member) end
+table.sort(members, function(a, b) return execution[a] > execution[b] end)  -- last leased first, because of LPUSH
 local known_groups, back, dead, lost = {}, 0, 0, 0
-for _, member in ipairs(members) do
+for i = 1, math.min(#members, limit) do
+  local member = members[i]
   local id = job_of(member)
   local key = prefix .. ':job:' .. id
-  local worker = redis.call('HGET', prefix .. ':execution:' .. member, 'worker_name')
+  local worker = owner ~= '' and owner or redis.call('HGET', prefix .. ':execution:' .. member, 'worker_name')
   local held = drop_lease(prefix, KEYS[2], member, worker)
-  local f = redis.call('HMGET', key, 'status', 'attempts', 'failure_ttl', 'groups', 'model')
+  local f = read(key, 'status', 'attempts', 'failure_ttl', 'groups', 'model', 'crashes')
+  local crashes = max_crashes > 0 and count_of(f[6]) + 1 or 0
   if held == 0 or f[1] ~= 'started' then
     lost = lost + 1
-  elseif max_attempts > 0 and tonumber(f[2] or 1) >= max_attempts then
+  elseif max_crashes > 0 and crashes >= max_crashes then
     dead = dead + 1
-    local ttl = tonumber(f[3]) or tonumber(ARGV[7])
-    redis.call('HSET', key, 'status', 'failed', 'ended_at', iso)
-    redis.call('XADD', prefix .. ':results:' .. id, 'MAXLEN', 10, '*', 'type', 2, 'worker_name', worker or '',
-      'exc_string', ARGV[6], 'execution_id', execution_of(member), 'execution_ended_at', now)
-    redis.call('ZADD', KEYS[3], expire(ttl, now, key, prefix .. ':results:' .. id), id)
-    announce(prefix, f[4], id, known_groups)
+    bury(prefix, KEYS[3], id, {iso = iso, now = now, ttl = ttl_of(f[3], ARGV[7]), exception = ARGV[6], worker = worker or '',
+      execution = execution_of(member), crashes = crashes}, f[4], known_groups)
   else
     back = back + 1
-    if max_attempts == 0 then redis.call('HINCRBY', key, 'attempts', -1) end
+    if max_crashes > 0 then
+      redis.call('HSET', key, 'crashes', crashes)
+    else
+      redis.call('HSET', key, 'attempts', math.max(0, count_of(f[2]) - 1))
+    end
     redis.call('HSET', key, 'status', 'queued', 'enqueued_at', iso)
     redis.call('LPUSH', KEYS[1], id)
     if f[5] then wake(prefix, queue_name, f[5]) end

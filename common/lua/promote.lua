@@ -7,7 +7,7 @@ local moved = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now_ms() / 1000, 'LIMIT', 0, ARGV[4])) do
   local key = ARGV[1] .. ':job:' .. id
   redis.call('ZREM', KEYS[1], id)
-  local f = redis.call('HMGET', key, 'status', 'enqueue_at_front_on_retry', 'model')
+  local f = read(key, 'status', 'enqueue_at_front_on_retry', 'model')
   if f[1] == 'scheduled' then
     moved = moved + 1
     redis.call('HSET', key, 'status', 'queued', 'enqueued_at', ARGV[3])

@@ -6,7 +6,7 @@
 -- Keys of jobs are made here from the members.
 local counts, flat = {}, {}
 for _, member in ipairs(redis.call('ZRANGE', KEYS[1], ARGV[3], ARGV[4])) do
-  local f = redis.call('HMGET', ARGV[1] .. ':job:' .. job_of(member), 'status', 'groups')
+  local f = read(ARGV[1] .. ':job:' .. job_of(member), 'status', 'groups')
   local status = f[1] or ''
   local held = string.find(' ' .. (f[2] or '') .. ' ', ' ' .. ARGV[2] .. ' ', 1, true)
   if is_live(status) and not held then status = 'canceled' end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from redis import Redis
 
 from ingestq.common import keys
 from ingestq.common.embedded_server import EmbeddedServer
-from support.jobs import statuses
+from ingestq.workers.processes import identity, is_dead
+from support.jobs import put, request, statuses
 from support.models import tiny_gemma4
-from support.processes import run
+from support.processes import WorkerProcess, children, run, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,9 +121,6 @@ def test_an_unknown_engine_argument_is_one_line(server: EmbeddedServer, redis: R
 def test_a_cancelled_group_is_aborted_in_real_vllm(
     server: EmbeddedServer, redis: Redis, vllm: dict[str, str], tmp_path: Path
 ) -> None:
-    from support.jobs import put, request
-    from support.processes import WorkerProcess, wait_until
-
     job_ids = put(redis, [request(i, model=MODEL, max_tokens=900) for i in range(8)], group_id="doomed")
     with WorkerProcess(server.url, tmp_path, name="v", **{**vllm, "INGEST_ENGINE": "vllm"}) as worker:
         wait_until(lambda: statuses(redis, job_ids) == ["started"] * 8, "all run")
@@ -131,3 +130,19 @@ def test_a_cancelled_group_is_aborted_in_real_vllm(
         wait_until(lambda: statuses(redis, late) == ["finished"], "the engine is free for others")
     assert statuses(redis, job_ids) == ["canceled"] * 8
     assert {row["status"] for row in rows(server, "doomed").values()} == {"cancelled"}
+
+
+@pytest.mark.parametrize("core", ["in-process", "own-process"])
+def test_a_killed_worker_leaves_neither_leases_nor_an_engine(
+    server: EmbeddedServer, redis: Redis, vllm: dict[str, str], tmp_path: Path, core: str
+) -> None:
+    job_ids = put(redis, [request(i, model=MODEL, max_tokens=900) for i in range(8)])
+    settings = {**vllm, "INGEST_ENGINE": "vllm", "INGEST_CORE": core, "INGEST_LEASE_TTL": "600"}
+    with WorkerProcess(server.url, tmp_path, name="v", **settings) as worker:
+        wait_until(lambda: statuses(redis, job_ids) == ["started"] * 8, "all run")
+        cores = [identity(pid) for pid, command in children(worker.process.pid) if "guardian" not in command]
+        worker.signal(signal.SIGKILL)
+        wait_until(lambda: statuses(redis, job_ids) == ["queued"] * 8, "its guardian hands them back")
+        wait_until(lambda: all(map(is_dead, cores)), "vLLM's processes are gone")
+
+    assert bool(cores) == (core == "own-process")

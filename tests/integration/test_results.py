@@ -189,14 +189,14 @@ def test_ten_thousand_rows_come_once_each(queue: IngestQueue, redis: Redis) -> N
 def test_a_dead_letter_without_a_row_tells_its_reason(queue: IngestQueue, redis: Redis) -> None:
     group = queue.enqueue_many(requests("a"))
     members = [job.member for job in lease(redis)]
-    scripts.hand_back(redis, "ingest", failure_ttl=1000, members=members, max_attempts=1)
+    scripts.hand_back(redis, "ingest", failure_ttl=1000, members=members, max_crashes=1, reason="gone")
 
     (row,) = iter_results(group, timeout=30)
 
     assert (row.document_id, row.status, row.attempts) == ("a", Status.FAILED, 1)
     assert (row.error_class, row.worker) == ("WorkerLost", "hand")
     assert row.error_message is not None
-    assert row.error_message.startswith("1 workers failed, died or lost their lease")
+    assert row.error_message.startswith("1 workers were lost while they ran this document; the last: gone")
 
 
 def test_a_dead_letter_of_stock_rq_tells_its_reason(queue: IngestQueue, redis: Redis) -> None:

@@ -365,7 +365,7 @@ def test_a_document_that_loses_every_worker_is_dead_lettered(redis: Redis) -> No
             redis, QUEUE, worker="w", model="sim", want=1, lease_ttl=-1, max_in_flight_fleet=0, call_id="0" * 14
         )
         assert reply.jobs[0].attempts == attempt
-        returned = scripts.hand_back(redis, QUEUE, failure_ttl=60, max_attempts=3)
+        returned = scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3)
         assert (returned.queued, returned.dead_lettered) == ((1, 0) if attempt < 3 else (0, 1))
 
     job = fetched(redis, job_ids)[0]
@@ -378,7 +378,7 @@ def test_a_late_result_is_fenced(redis: Redis) -> None:
     job_ids = put(redis, [request(0)])
     options = {"worker": "w", "model": "sim", "want": 1, "max_in_flight_fleet": 0}
     late = scripts.lease(redis, QUEUE, lease_ttl=-1, call_id="0" * 14, **options).jobs[0]
-    scripts.hand_back(redis, QUEUE, failure_ttl=60, max_attempts=3)
+    scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3)
     current = scripts.lease(redis, QUEUE, lease_ttl=60, call_id="1" * 14, **options).jobs[0]
 
     def finish(job: scripts.LeasedJob, text: str) -> list[str]:

@@ -13,6 +13,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
+from rq.suspension import suspend
 
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
@@ -182,11 +183,15 @@ def test_leases_are_not_taken_over_right_after_an_outage(redis: Redis) -> None:
         redis,
         Settings(queue=QUEUE, model="sim"),
         worker="b",
+        incarnation="",
         worker_ttl=480,
+        guardian=None,
+        vitals=None,
+        look=lambda: None,
         state=lambda: "idle",
         register=lambda: None,
-        tidy=lambda: None,
-        tidy_interval=600,
+        replaced=lambda: None,
+        duties={},
     )
 
     def outage() -> None:
@@ -206,7 +211,7 @@ def test_a_dead_letter_is_kept_as_long_as_its_job_says(redis: Redis, ttl: int) -
     job_ids = put(redis, [request(0)], failure_ttl=ttl)
     lease(redis, lease_ttl=-1)
 
-    assert scripts.hand_back(redis, QUEUE, failure_ttl=60, max_attempts=1).dead_lettered == 1
+    assert scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=1).dead_lettered == 1
 
     assert statuses(redis, job_ids) == ["failed"]
     for key in (keys.job(job_ids[0]), keys.results(job_ids[0])):
@@ -218,7 +223,7 @@ def test_a_prompt_cancelled_on_its_way_to_the_engine_does_not_run() -> None:
     inbox: SimpleQueue[Prompt] = SimpleQueue()
     aborts: SimpleQueue[str] = SimpleQueue()
     completed = []
-    courier = SimpleNamespace(inbox=inbox, aborts=aborts, in_flight=0, post=completed.append)
+    courier = SimpleNamespace(inbox=inbox, aborts=aborts, in_flight=0, closing=False, post=completed.append)
     prompts = [
         Prompt(prompt_id=name, token_ids=engine.encode(name), sampling=request(0).sampling) for name in ("a", "b", "c")
     ]
@@ -226,7 +231,7 @@ def test_a_prompt_cancelled_on_its_way_to_the_engine_does_not_run() -> None:
     inbox.put(prompts[2])
     aborts.put("b")
 
-    feed_continuously(engine, courier, prompts[0], lambda: False)
+    feed_continuously(engine, courier, prompts[0], lambda: False, lambda: None)
 
     assert sorted(message.prompt_id for message in completed) == ["a", "c"]
 
@@ -247,7 +252,7 @@ def test_a_burst_ends_under_limits(server: EmbeddedServer, redis: Redis, limits:
 
 def test_suspended_time_is_not_idle_time(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
     with WorkerProcess(server.url, tmp_path, "--max-idle-time", "2", name="a", **FAST) as worker:
-        run("rq", "suspend", url=server.url)
+        suspend(redis)  # what `rq suspend` does, before the worker has been idle for long
         wait_until(lambda: "suspended" in worker.output, "the worker is suspended")
         wait_until(lambda: redis.hget(keys.worker("a"), "state") == b"suspended", "and says so")
         job_ids = put(redis, [request(i) for i in range(3)])
@@ -284,12 +289,13 @@ def test_results_written_at_the_last_moment_are_not_handed_back(redis: Redis) ->
     from ingestq.workers.courier import Completed, Courier
     from ingestq.workers.drain import DrainController
     from ingestq.workers.rows import RowWriter
+    from ingestq.workers.vitals import Vitals
 
     job_ids = put(redis, [request(0), request(1)])
     settings = Settings(engine="simulated", model="sim", queue=QUEUE, engine_args={"time_scale": 0})
     engine = SimulatedEngine.from_settings(settings)
     rows = RowWriter(worker="a", card=engine.card, result_ttl=60, failure_ttl=60)
-    courier = Courier(redis, settings, engine, DrainController(max_in_flight=8), rows)
+    courier = Courier(redis, settings, engine, DrainController(max_in_flight=8), rows, Vitals.create())
     courier.start()
     wait_until(lambda: courier.in_flight == 2, "both are leased")
     (completion,) = engine.generate([courier.inbox.get(timeout=10)])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,6 +35,19 @@ def environment(url: str, settings: Mapping[str, str] = {}) -> dict[str, str]:
     """This process's environment without any INGEST_* of its own, plus `settings`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("INGEST_")}
     return {**clean, "RQ_REDIS_URL": url, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    """Process ids and command lines of a process's children."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):  # it is gone
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == pid:
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found.append((int(entry.name), command))
+    return found
 
 
 def run(
@@ -75,7 +89,8 @@ class WorkerProcess:
 
     def __enter__(self) -> Self:
         self.start()
-        wait_until(lambda: "ready on" in self.output or self.process.poll() is not None, "the worker is ready")
+        ready = "ready on"  # vLLM in a process of its own takes a minute on a busy machine
+        wait_until(lambda: ready in self.output or self.process.poll() is not None, "the worker is ready", patience=240)
         return self
 
     @property

@@ -12,7 +12,7 @@ from ingestq.common import payload
 from ingestq.common.errors import InvalidJob, PromptEmpty, PromptTooLong
 from ingestq.common.schema import IngestRequest, Sampling
 from ingestq.workers.drain import DrainController, default_max_in_flight
-from ingestq.workers.prompts import ANY_MODEL, fit, model_of
+from ingestq.workers.prompts import ANY_MODEL, fit, needs_of
 
 COUNTS = st.integers(0, 5000)
 
@@ -61,12 +61,12 @@ def test_a_payload_is_read_as_it_was_written_compressed_or_not(text: str, compre
     read = payload.argument(zlib.compress(data) if compressed else data)
 
     assert IngestRequest.model_validate(read) == request
-    assert model_of(data) == "m"
+    assert needs_of(data) == ("m", 1)
 
 
 @given(st.binary(max_size=300))
 def test_any_other_payload_is_refused_and_never_raises_anything_else(data: bytes) -> None:
-    assert model_of(data) == ANY_MODEL
+    assert needs_of(data) == (ANY_MODEL, 1)
     with pytest.raises(InvalidJob):
         payload.argument(data)
 
@@ -86,7 +86,7 @@ def test_any_other_payload_is_refused_and_never_raises_anything_else(data: bytes
 def test_only_our_function_with_one_request_is_served(call: bytes) -> None:
     with pytest.raises(InvalidJob):
         payload.argument(call)
-    assert model_of(call) == ANY_MODEL
+    assert needs_of(call) == (ANY_MODEL, 1)
 
 
 def test_a_zlib_bomb_is_not_inflated() -> None:

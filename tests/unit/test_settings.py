@@ -54,7 +54,7 @@ def test_an_unknown_variable_like_no_other_is_refused_too() -> None:
         ("INGEST_FEED", "waves"),
         ("INGEST_LEASE_TTL", "nan"),
         ("INGEST_QUEUE", "a b"),
-        ("INGEST_MAX_ATTEMPTS", "-1"),
+        ("INGEST_MAX_CRASHES", "-1"),
         ("INGEST_RESULT_TTL", "9" * 18),
         ("INGEST_FAILURE_TTL", "9" * 18),
         ("INGEST_GROUP_TTL", "9" * 18),
