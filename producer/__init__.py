@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..common.errors import (
         IngestqError,
+        NotDurable,
         ProducerLost,
+        QueueRefused,
         QueueUnavailable,
         RequestRefused,
         ResultTimeout,
@@ -17,17 +19,22 @@ if TYPE_CHECKING:
     )
     from ..common.schema import IngestRequest, IngestResult, Sampling, Status
     from ..common.settings import Settings
+    from .failed import FailedDocument, FailedFilter, fetch_failed, list_failed, retry_failed
     from .group import Group
     from .queue import IngestQueue
     from .results import fetch_results, iter_results
 
 __all__ = [
+    "FailedDocument",
+    "FailedFilter",
     "Group",
     "IngestQueue",
     "IngestRequest",
     "IngestResult",
     "IngestqError",
+    "NotDurable",
     "ProducerLost",
+    "QueueRefused",
     "QueueUnavailable",
     "RequestRefused",
     "ResultTimeout",
@@ -36,14 +43,19 @@ __all__ = [
     "SettingsError",
     "Status",
     "UnknownGroup",
+    "fetch_failed",
     "fetch_results",
     "iter_results",
+    "list_failed",
+    "retry_failed",
 ]
 
 _MODULES = {
     "..common.errors": (
         "IngestqError",
+        "NotDurable",
         "ProducerLost",
+        "QueueRefused",
         "QueueUnavailable",
         "RequestRefused",
         "ResultTimeout",
@@ -52,6 +64,7 @@ _MODULES = {
     ),
     "..common.schema": ("IngestRequest", "IngestResult", "Sampling", "Status"),
     "..common.settings": ("Settings",),
+    ".failed": ("FailedDocument", "FailedFilter", "fetch_failed", "list_failed", "retry_failed"),
     ".group": ("Group",),
     ".queue": ("IngestQueue",),
     ".results": ("fetch_results", "iter_results"),

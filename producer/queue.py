@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, cast
 
 from ..common import payload, scripts
 from ..common.connections import connect, persist, sibling
+from ..common.durability import Barrier
 from ..common.engine_card import EngineCard, live_cards
-from ..common.errors import QueueUnavailable, RequestRefused, SettingsError, UnknownGroup
+from ..common.errors import NotDurable, QueueRefused, QueueUnavailable, RequestRefused, SettingsError, UnknownGroup
 from ..common.keys import group as group_key
 from ..common.schema import IngestRequest, job_id
 from ..common.scripts import EnqueueOptions, NewJob
@@ -40,11 +41,15 @@ _LINGER = 0.5
 # Seconds between signs of life of a producer whose source is slow; readers give it up after 60.
 _BEAT = 10.0
 
+# Seconds between confirmations within a call, where INGEST_DURABILITY asks for them: one takes up to a second with
+# appendfsync everysec. The next documents wait for it.
+_CONFIRM_EVERY = 10.0
+
 # Seconds for which engine cards are believed.
 _CARDS_MAX_AGE = 60.0
 
-# Attempts beyond the first. RQ takes any number; counters in Redis have 64 bits.
-MAX_RETRIES = 1_000_000
+# Attempts beyond the first; as in finish.lua. RQ takes any number.
+MAX_RETRIES = 1000
 
 # Document ids that a Group names as already there.
 _MAX_JOINED = 1000
@@ -106,11 +111,14 @@ class IngestQueue:
         Raises:
             SettingsError: `retry` has a number of attempts that is out of bounds.
             RequestRefused: the document is over a bound, or no live worker can run it.
-            QueueUnavailable: it was not accepted, or perhaps was; the same call again is safe.
+            QueueUnavailable: it was not accepted, or perhaps was, or (NotDurable) not as INGEST_DURABILITY asks; the
+                same call again is safe.
         """
         options = self._options("", retry)
         job = self._prepare(request)
+        barrier = self._barrier()
         outcomes = self._send([job], options)
+        barrier.confirm(PATIENCE)
         outcome: Literal["enqueued", "joined", "finished"]
         outcome = "enqueued" if outcomes[0] == 1 else "joined" if outcomes[0] == 2 else "finished"
         return Enqueued(job_id=job.job_id, outcome=outcome)
@@ -127,6 +135,8 @@ class IngestQueue:
     ) -> Group:
         """Accepts documents into a group, in their order; returns once Redis has all of them.
 
+        How Redis has them is what INGEST_DURABILITY says: in memory, on its disk, or on a replica.
+
         `requests` is read as it is sent: memory grows by 16 bytes a document. When the call fails midway the group
         stays open; the same call again, with the group id that the error names, completes it and repeats none.
 
@@ -136,13 +146,15 @@ class IngestQueue:
             retry: an `rq.Retry` for those that are new; default is none.
             seal: no more documents will come. False: the next call must come within a minute, or `Group.touch`.
             on_refused: takes the refusal of each document that is, and the call goes on without it.
-            on_progress: takes the number of documents accepted so far, after each script call.
+            on_progress: takes the number of documents in Redis' memory so far, after each script call.
 
         Raises:
             SettingsError: the group's id, or the number of attempts of `retry`, is out of bounds.
             RequestRefused: a document is over a bound, or no live worker can run it, and there is no `on_refused`.
                 Documents before it may be accepted, see its `accepted`; none after it is.
-            QueueUnavailable: Redis dropped the connection for 15 s, or refuses to write; see its `accepted`.
+            QueueUnavailable: Redis dropped the connection for 15 s; see its `accepted`.
+            QueueRefused: likewise, Redis refuses to write: full, read-only, disk full, wrong password, ...
+            NotDurable: likewise, Redis can't do what INGEST_DURABILITY asks (then nothing was accepted), or did not.
         """
         group = Group(
             id=new_group_id(self.name) if group_id is None else check_name("group", group_id),
@@ -154,23 +166,22 @@ class IngestQueue:
         self._cards_read_at = float("-inf")
         accepted = _Accepted(on_progress)
         try:
+            accepted.barrier = self._barrier()
             group.touch(seal=False)
             with _kept_alive(group), _Ahead(self, options, accepted) as ahead:
                 for chunk, full in self._chunks(requests, on_refused):
                     ahead.send(chunk, wait=not full)
             if seal:
                 group.seal()
+            accepted.confirm()  # the seal as well: it comes after the documents, so it can't outlive them
         except RequestRefused as error:
             error.accepted = accepted.job_ids()
             raise
         except QueueUnavailable as error:
-            raise QueueUnavailable(
-                f"{error}; {accepted.number} documents were accepted before that; the same call with "
-                f"group_id={group.id!r} completes the rest and repeats none",
-                accepted.job_ids(),
-            ) from error
+            raise _with_accepted(error, accepted, group) from error
         except Exception as error:
-            error.add_note(f"ingestq: {accepted.number} documents were accepted into group {group.id!r}, which is open")
+            number = len(accepted.job_ids())
+            error.add_note(f"ingestq: {number} documents were accepted into group {group.id!r}, which is open")
             raise
         return replace(
             group,
@@ -192,7 +203,9 @@ class IngestQueue:
         )
         if queue is None:
             raise UnknownGroup(group_id)
-        return Group(id=group_id, queue=queue.decode(), connection=self.connection, settings=self.settings)
+        return Group(
+            id=group_id, queue=queue.decode(errors="replace"), connection=self.connection, settings=self.settings
+        )
 
     def _chunks(
         self, requests: Iterable[IngestRequest], on_refused: Callable[[RequestRefused], None] | None
@@ -238,6 +251,11 @@ class IngestQueue:
             model=request.model,
         )
 
+    def _barrier(self) -> Barrier:
+        barrier = Barrier(self.connection, self.settings.durability)
+        barrier.start(PATIENCE)
+        return barrier
+
     def _send(self, jobs: Sequence[NewJob], options: EnqueueOptions) -> list[int]:
         return persist(lambda: scripts.enqueue(self.connection, self.name, jobs, options), patience=PATIENCE)
 
@@ -278,17 +296,35 @@ class IngestQueue:
         self._cards_read_at = monotonic()
 
 
+def _with_accepted(error: QueueUnavailable, accepted: _Accepted, group: Group) -> QueueUnavailable:
+    """The same error, with what was accepted; leaves the group open."""
+    if isinstance(error, NotDurable) and accepted.number:
+        with suppress(QueueUnavailable):
+            group.touch(seal=False)
+    job_ids = accepted.job_ids(patience=PATIENCE if isinstance(error, QueueRefused) else None)
+    return type(error)(
+        f"{error}; {len(job_ids)} documents were accepted before that; the same call with group_id={group.id!r} "
+        f"completes the rest and repeats none",
+        job_ids,
+    )
+
+
 @dataclass(slots=True)
 class _Accepted:
     """What a call has got into Redis so far."""
 
     on_progress: Callable[[int], None] | None
+    # None: nothing has been sent.
+    barrier: Barrier | None = None
     number: int = 0
     # By the script's word for it: 1 enqueued, 2 joined, 3 finished.
     outcomes: dict[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 3: 0})
     joined: list[str] = field(default_factory=list)
     # Job ids, 16 bytes each: a list of strings would take 90 MB for a million.
     _digests: bytearray = field(default_factory=bytearray)
+    # How many of them are as durable as INGEST_DURABILITY asks, and when that was made sure last.
+    _num_confirmed: int = 0
+    _confirmed_at: float = field(default_factory=monotonic)
 
     def add(self, jobs: Sequence[NewJob], outcomes: Sequence[int]) -> None:
         self.number += len(jobs)
@@ -299,9 +335,27 @@ class _Accepted:
                 self.joined.append(job.document_id)
         if self.on_progress:
             self.on_progress(self.number)
+        if monotonic() - self._confirmed_at > _CONFIRM_EVERY:
+            self.confirm()
 
-    def job_ids(self) -> list[str]:
-        return [self._digests[i : i + 16].hex() for i in range(0, len(self._digests), 16)]
+    def confirm(self, patience: float = PATIENCE) -> None:
+        """Returns when what was added so far is as durable as asked for."""
+        if self.barrier:
+            self.barrier.confirm(patience)
+        self._num_confirmed = self.number
+        self._confirmed_at = monotonic()
+
+    def job_ids(self, patience: float | None = PATIENCE) -> list[str]:
+        """Those that are as durable as asked for.
+
+        Args:
+            patience: seconds to try to make the last ones so; None: Redis is away.
+        """
+        if patience is not None or self.barrier is None or self.barrier.durability == "memory":
+            with suppress(QueueUnavailable):
+                self.confirm(patience or 0.0)
+        digests = self._digests[: 16 * self._num_confirmed]
+        return [digests[i : i + 16].hex() for i in range(0, len(digests), 16)]
 
 
 class _Ahead:

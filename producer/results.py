@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..common import keys, scripts
 from ..common.connections import connect, persist
-from ..common.errors import ProducerLost, QueueUnavailable, ResultTimeout, SettingsError, UnknownGroup
+from ..common.errors import (
+    ProducerLost,
+    QueueRefused,
+    QueueUnavailable,
+    ResultTimeout,
+    SettingsError,
+    UnknownGroup,
+)
 from ..common.schema import IngestResult
 from ..common.settings import Settings
 from .group import PATIENCE, Group, check_name
@@ -80,6 +87,9 @@ def iter_results(
     Ends when the group is sealed and every member has had its row. Rows come as they stand when they are read: a
     failed document that was enqueued again is waited for.
 
+    A user who may only read will do, and a replica. What has no entry in the group's stream (documents that RQ's own
+    tools ended) can't be noted there for others then, and may come a second time after a resume.
+
     Args:
         group: a group or its id.
         connection: default is the group's, or connects to RQ_REDIS_URL.
@@ -105,6 +115,16 @@ def _connection_of(jobs: Group | str | Sequence[str], connection: Redis | None) 
 
 def _id_of(group: Group | str) -> str:
     return group.id if isinstance(group, Group) else check_name("group", group)
+
+
+def _is_job_id(raw: bytes) -> bool:
+    """Whether RQ might have made it; a stream may hold what none of us wrote."""
+    return re.fullmatch(rb"[A-Za-z0-9_-]{1,200}", raw) is not None
+
+
+def _number(raw: bytes | None) -> int:
+    """A number of a group's hash; 0 where it is none, or none that a clock or a TTL could have."""
+    return int(raw) if raw and raw.isdigit() and len(raw) < 16 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +159,8 @@ class ResultIterator:
 
     # The group's stream says which members became terminal, in order; ids only. Where it can't be trusted (stock RQ
     # tools cancel, delete and expire jobs without an entry, and it may be trimmed), a sweep over the members adds what
-    # it lacks, so that there is one path to the caller and cursors mean the same to every reader.
+    # it lacks, so that there is one path to the caller and cursors mean the same to every reader. Where Redis refuses
+    # that (a user who may only read, a replica, a full server), the rows go to the caller directly.
 
     def __init__(self, connection: Redis, group_id: str, *, timeout: float | None, cursor: str | None) -> None:
         if cursor is not None and not re.fullmatch(r"\d{1,20}-\d{1,20}", cursor):
@@ -155,7 +176,9 @@ class ResultIterator:
         # Where the next read of the stream starts; None before the first.
         self._position: str | None = None
         self._delivered: set[bytes] = set()
-        # Rows of one read, each with the entry that brought it.
+        # Where cursors stay from now on; None while they move.
+        self._held_cursor: str | None = None
+        # Rows of one read, each with the cursor that covers it.
         self._ready: deque[tuple[str, IngestResult]] = deque()
         self._sweep_rank = 0
         self._next_sweep = 0.0
@@ -212,25 +235,31 @@ class ResultIterator:
 
     def _take(self, entries: Sequence[tuple[str, dict[bytes, bytes]]]) -> None:
         """Gets the rows ready that entries announce."""
-        self._position = entries[-1][0]
+        before, self._position = self._position or _START, entries[-1][0]
         news: dict[bytes, tuple[str, str | None]] = {}
         for entry_id, fields in entries:
             job_id, document_id = fields.get(b"j"), fields.get(b"d")
-            if job_id is not None and job_id not in self._delivered:
+            if job_id is not None and _is_job_id(job_id) and job_id not in self._delivered:
                 news[job_id] = (entry_id, document_id.decode(errors="replace") if document_id else None)
-        stale = []
+        rows: dict[str, IngestResult | None] = {}
         for job in self._fetch([job_id.decode(errors="replace") for job_id in news]):
             entry_id, name = news[job.job_id.encode()]
-            row = terminal_row(job, name) if job.status != "" or name is not None else None
-            if row is None:
-                stale.append(entry_id)
-            else:
-                self._delivered.add(job.job_id.encode())
-                self._ready.append((entry_id, row))
-        if stale:
-            # Runs again, or is gone and its document's name with it. An entry will tell when it has ended, or a sweep
-            # who it was; this one would tell later readers' cursors that the row was given.
-            self._call(lambda: self._connection.xdel(self._done, *stale))
+            rows[entry_id] = terminal_row(job, name) if job.status != "" or name is not None else None
+        stale = [entry_id for entry_id, row in rows.items() if row is None]
+        # Runs again, or is gone and its document's name with it. An entry will tell when it has ended, or a sweep who
+        # it was; this one would tell later readers' cursors that the row was given.
+        is_kept = bool(stale) and not self._wrote(lambda: self._connection.xdel(self._done, *stale))
+        for entry_id, _ in entries:
+            row = rows.get(entry_id)
+            if row is not None:
+                self._deliver(row, entry_id)
+            elif is_kept and entry_id in rows:
+                self._held_cursor = self._held_cursor or before
+            before = entry_id
+
+    def _deliver(self, row: IngestResult, cursor: str) -> None:
+        self._delivered.add(row.job_id.encode())
+        self._ready.append((self._held_cursor or cursor, row))
 
     def _wait(self) -> None:
         """Returns when the stream has something new, or after a second."""
@@ -270,17 +299,22 @@ class ResultIterator:
 
     def _settle(self, raw: Sequence[bytes], ttl: int) -> bool:
         members = {member.job_id: member for member in self._undelivered(raw)}
-        ended = [job for job in self._fetch(list(members)) if terminal_row(job, members[job.job_id].document_id)]
+        ended = {
+            job.job_id: row
+            for job in self._fetch(list(members))
+            if (row := terminal_row(job, members[job.job_id].document_id))
+        }
 
         def announce() -> None:
             with self._connection.pipeline(transaction=False) as pipeline:
-                for job in ended:
-                    pipeline.xadd(self._done, {"j": job.job_id, "d": members[job.job_id].document_id})
+                for job_id in ended:
+                    pipeline.xadd(self._done, {"j": job_id, "d": members[job_id].document_id})
                 pipeline.expire(self._done, ttl)
                 pipeline.execute()
 
-        if ended:
-            self._call(announce)
+        if ended and not self._wrote(announce):
+            for row in ended.values():
+                self._deliver(row, self.cursor)
         return bool(ended)
 
     def _undelivered(self, raw: Sequence[bytes]) -> list[_Member]:
@@ -307,8 +341,8 @@ class ResultIterator:
         return _GroupState(
             sealed=sealed_ms is not None,
             num_members=self.num_members,
-            silent_for=seconds - int(seen_ms) / 1000,
-            ttl=int(ttl),
+            silent_for=seconds - _number(seen_ms) / 1000,
+            ttl=max(1, _number(ttl)),
         )
 
     def _remaining(self) -> float | None:
@@ -329,6 +363,14 @@ class ResultIterator:
         try:
             return persist(operation, patience=self._remaining())
         except QueueUnavailable as error:
-            raise QueueUnavailable(
+            raise type(error)(
                 f"{error}; group {self._group_id!r} can be read on from cursor {self.cursor!r}"
             ) from error
+
+    def _wrote(self, operation: Callable[[], object]) -> bool:
+        """Whether Redis let a reader's note be written; it can do without."""
+        try:
+            self._call(operation)
+        except QueueRefused:
+            return False
+        return True

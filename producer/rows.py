@@ -49,17 +49,20 @@ def terminal_row(job: FetchedJob, document_id: str | None = None) -> IngestResul
 
 def _stored(job: FetchedJob, document_id: str | None) -> IngestResult:
     try:
-        return IngestResult.model_validate_json(job.return_value or b"")
+        row = IngestResult.model_validate_json(job.return_value or b"")
+        if row.job_id == job.job_id:
+            return row
+        reason = "it names another job"
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        return _failed(
-            job,
-            document_id or _document_of(job),
-            "InvalidResult",
-            f"the stored result is no IngestResult ({where and where + ': '}{problem['msg']}); "
-            f"was it written by another version or program?",
-        )
+        reason = f"{where and where + ': '}{problem['msg']}"
+    return _failed(
+        job,
+        document_id or _document_of(job),
+        "InvalidResult",
+        f"the stored result is no IngestResult of this job ({reason}); was it written by another version or program?",
+    )
 
 
 def _without_row(job: FetchedJob, document_id: str | None) -> IngestResult:

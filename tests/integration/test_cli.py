@@ -313,6 +313,8 @@ def test_status_of_a_queue_as_json_has_its_workers_and_their_engines(run, redis)
         "failed": 0,
         "cancelled": 0,
         "suspended": False,
+        "for_newer_workers": 0,
+        "machines": [],
         "warnings": [],
     }
     assert (worker["name"], worker["model"], worker["device"], worker["max_model_len"]) == ("w1", "m", "cpu", 2048)
