@@ -81,11 +81,9 @@ class EmbeddedServer:
         if self._process:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self.directory), **self._options}
-        arguments = [argument for name, value in options.items() for argument in (f"--{name}", value)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _RUN_WHILE_OWNER_LIVES, "sh", self._binary, *arguments],
+                ["/bin/sh", "-c", _RUN_WHILE_OWNER_LIVES, "sh", self._binary, *self._arguments()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -129,13 +127,20 @@ class EmbeddedServer:
         if self._temporary:
             self._temporary.cleanup()
 
+    def _arguments(self) -> list[str]:
+        options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self.directory), **self._options}
+        return [argument for name, value in options.items() for argument in (f"--{name}", value)]
+
+    def _client(self) -> Redis:
+        return Redis(port=self.port, socket_timeout=1, retry=Retry(NoBackoff(), 0))
+
     @property
     def _log(self) -> Path:
         return self.directory / "server.log"
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._start_timeout
-        with Redis(port=self.port, socket_timeout=1, retry=Retry(NoBackoff(), 0)) as client:
+        with self._client() as client:
             while True:
                 if process.poll() is not None:
                     problem = f"ended with code {process.returncode}"
