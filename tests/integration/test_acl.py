@@ -142,7 +142,7 @@ def test_a_producer_cancels_what_is_queued_scheduled_or_running(secured: Secured
 def test_a_producer_enqueues_again_what_has_ended(secured: SecuredServer, kind: str) -> None:
     queue, worker = producer_queue(secured), secured.client(WORKER)
     queue.enqueue_many([request("a")], group_id="g1")
-    finish(worker, lease(worker), kind)  # type: ignore[arg-type]
+    finish(worker, lease(worker), kind)
     again = queue.enqueue_many([request("a")], group_id="g2")
     assert (again.num_finished, again.num_enqueued) == ((1, 0) if kind == "S" else (0, 1))
     assert refusals(secured) == []
