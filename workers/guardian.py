@@ -122,10 +122,6 @@ class Guardian:
         self._said = b""
         self._start_due = 0.0
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
     def ensure(self) -> None:
         """Starts the guardian, or another one if it has died."""
         with self._lock:
@@ -289,7 +285,7 @@ class _Watch:
         late = time.monotonic() > self._kill_due
         if overdue is None and not late:
             return False
-        reason = "it held leases when the machine was preempted" if overdue is None else _HUNG[overdue]
+        reason = "it still ran when the machine was about to be preempted" if overdue is None else _HUNG[overdue]
         logger.error("worker %s is killed: %s", self._ward.worker, reason, extra={"action": "worker_killed"})
         self._worker.kill()
         self._bury(f"killed by its guardian: {reason}")
