@@ -48,6 +48,24 @@ class NotDurable(QueueUnavailable):
     """What Redis accepted may not outlive it: it can't do what INGEST_DURABILITY asks, or did not in time."""
 
 
+class UnknownLayout(IngestqError):
+    """A model's config.json describes something that the planner doesn't understand; it never guesses a size.
+
+    Attributes:
+        model: what the caller called it.
+        reason: what isn't understood, and what to do.
+    """
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {model!r}: {reason}")
+        self.model = model
+        self.reason = reason
+
+
+class UnknownMachine(IngestqError):
+    """No machine of that name is known to the planner."""
+
+
 class ServerStartError(IngestqError):
     """The embedded server could not be started."""
 
@@ -85,6 +103,10 @@ class ResultTimeout(IngestqError):
 
 class ProducerLost(IngestqError):
     """A group was never sealed and its producer has stopped; every row that it can have was delivered."""
+
+
+class TokenizerError(IngestqError):
+    """A tokenizer.json can't be used to count tokens."""
 
 
 class DocumentError(IngestqError):

@@ -1,0 +1,1 @@
+"""What fits on a machine, at what rate and price, before anything runs: `plan.make_plan`. Pure functions."""
