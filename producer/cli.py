@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..common.errors import RequestRefused, ResultTimeout
 from ..common.schema import Sampling, Status
 from .cli_failed import failed
+from .cli_plan import plan
 from .cli_status import forgive, status
 from .command import (
     EXIT_CODES,
@@ -46,7 +47,7 @@ def main() -> None:
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
 
 
-for command in (status, failed, forgive):
+for command in (plan, status, failed, forgive):
     main.add_command(command)
 
 

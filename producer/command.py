@@ -45,6 +45,8 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 4
     # No such group.
     UNKNOWN_GROUP = 5
+    # The plan doesn't fit its machine, or will miss its deadline.
+    DOES_NOT_FIT = 6
     # Ctrl-C.
     INTERRUPTED = 130
     # The reader of our output went away.
@@ -59,6 +61,7 @@ Exit codes:
   3  some documents have no result yet
   4  Redis can't be reached or refuses to write
   5  no such group
+  6  the plan doesn't fit the machine, or misses its deadline
   130  interrupted; 141 if the reader of the output went away
 """
 
