@@ -1,7 +1,7 @@
 """Every setting, read from the environment in one place.
 
-`INGEST_<NAME>` sets the field `<name>` of `Settings`. `INGEST_ENGINE_<NAME>` is handed to the engine as its own
-argument `<name>`; the worker checks those against the engine. Any other `INGEST_*` variable stops the process.
+`INGEST_<NAME>` sets the field `<name>` of `Settings`. Any other `INGEST_ENGINE_<NAME>` is handed to the engine as its
+own argument `<name>`; the worker checks those against the engine. Any other `INGEST_*` variable stops the process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ _ENGINE_PREFIX = "INGEST_ENGINE_"
 
 # Seconds: ten years. Redis would refuse some 292 million, in the middle of a script.
 _MAX_TTL = 10 * 365 * 86400
+
+# Documents that one worker may hold: one call of a script leases them all.
+MAX_IN_FLIGHT = 4096
 
 
 class Settings(BaseModel):
@@ -54,6 +57,12 @@ class Settings(BaseModel):
 
     # --- worker
     engine: Literal["vllm", "simulated"] = "vllm"
+    # A YAML file of vLLM's own argument names, such as those in deploy/engines; INGEST_ENGINE_* overrides its lines.
+    engine_config: str | None = None
+    # Whether a configuration that can't fit its machine stops the worker, or is only warned about.
+    misfit: Literal["refuse", "warn"] = "refuse"
+    # The machine that the engine runs on, such as v6e-4; default: what is found.
+    chips: str | None = None
     # A profile file of the simulated engine (JSON); default: its built-in profile.
     simulated_profile: str | None = None
     # continuous: top the engine up while it steps. generate: plain waves of `LLM.generate`.
@@ -62,7 +71,7 @@ class Settings(BaseModel):
     core: Literal["in-process", "own-process"] = "in-process"
     # Documents that this worker may hold leases on. 0: 1.1 times the engine's max_num_seqs, so that a free sequence
     # always has a successor waiting in the engine.
-    max_in_flight: int = Field(default=0, ge=0, le=4096)
+    max_in_flight: int = Field(default=0, ge=0, le=MAX_IN_FLIGHT)
     # Documents leased over all workers of the queue. 0: no bound.
     max_in_flight_fleet: int = Field(default=0, ge=0, le=2**31 - 1)
     # Seconds after which the lease of a lost worker is taken over.
@@ -108,7 +117,7 @@ class Settings(BaseModel):
         if "RQ_REDIS_URL" in environ:
             values["redis_url"] = environ["RQ_REDIS_URL"]
         for variable in sorted(name for name in environ if name.startswith(_PREFIX)):
-            if variable.startswith(_ENGINE_PREFIX):
+            if variable.startswith(_ENGINE_PREFIX) and variable not in variables():
                 values["engine_args"][variable.removeprefix(_ENGINE_PREFIX).lower()] = _scalar(environ[variable])
             else:
                 values[_field_of(variable)] = environ[variable]

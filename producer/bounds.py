@@ -9,6 +9,7 @@ from ..common.engine_card import EngineCard
 from ..common.errors import RequestRefused
 from ..common.schema import IngestRequest
 from ..common.scripts import MAX_CALL_BYTES
+from ..common.tpu_sampling import unsupported_on_tpu
 
 
 def check_bytes(request: IngestRequest, json_bytes: int, max_text_bytes: int) -> None:
@@ -54,6 +55,25 @@ def check_context(request: IngestRequest, json_bytes: int, cards: Sequence[Engin
         f"{card.max_model_len} on the roomiest live worker that serves {request.model!r}; "
         f"split it, lower max_tokens or raise INGEST_ENGINE_MAX_MODEL_LEN",
     )
+
+
+def check_sampling(request: IngestRequest, cards: Sequence[EngineCard]) -> None:
+    """Passes if at least one of the engines samples as asked, or there is none.
+
+    Raises:
+        RequestRefused: none does.
+    """
+    if not cards or any(card.device != "tpu" for card in cards):
+        return
+    unsupported = unsupported_on_tpu(request.sampling)
+    if unsupported:
+        shown = ", ".join(f"{name}={value}" for name, value in unsupported.items())
+        seed = ", and set temperature to 0 for the same output every time" if "seed" in unsupported else ""
+        raise RequestRefused(
+            request.document_id,
+            f"sampling: {shown} not supported by the TPU runtime, and every live worker that serves "
+            f"{request.model!r} is on TPU; leave it out{seed}",
+        )
 
 
 def _fits(request: IngestRequest, prompt_bytes: int, card: EngineCard) -> bool:

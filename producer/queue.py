@@ -21,7 +21,7 @@ from ..common.keys import group as group_key
 from ..common.schema import IngestRequest, job_id
 from ..common.scripts import EnqueueOptions, NewJob
 from ..common.settings import Settings
-from .bounds import check_bytes, check_context
+from .bounds import check_bytes, check_context, check_sampling
 from .group import PATIENCE, check_name, new_group_id
 from .group import Group as Group
 
@@ -243,7 +243,9 @@ class IngestQueue:
                 request.document_id, f"a field is not Unicode text ({error}); decode it with errors='replace'"
             ) from None
         check_bytes(request, len(request_json), self.settings.max_text_bytes)
-        check_context(request, len(request_json), self._cards_of(request.model))
+        cards = self._cards_of(request.model)
+        check_sampling(request, cards)
+        check_context(request, len(request_json), cards)
         return NewJob(
             job_id=job_id(request_json),
             data=payload.encode(request_json),

@@ -28,15 +28,8 @@ DOCUMENTS = "deploy/demo/documents"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTRUCTION = "Summarize the following document in one or two sentences."
 
-# For vLLM on a small CPU machine: 1 GiB of KV cache holds more than 16 sequences of 2,048 tokens.
-ENGINE = {
-    "INGEST_ENGINE_DTYPE": "float32",
-    "INGEST_ENGINE_ENFORCE_EAGER": "true",
-    "INGEST_ENGINE_MAX_MODEL_LEN": "2048",
-    "INGEST_ENGINE_MAX_NUM_SEQS": "16",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-}
+# For vLLM on a small CPU machine.
+ENGINE = {"INGEST_ENGINE_CONFIG": "deploy/engines/cpu.yaml", "OMP_NUM_THREADS": "1"}
 # Nothing of this run leaves the machine.
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -518,6 +518,16 @@ def test_one_engine_that_can_run_it_is_enough(queue: IngestQueue, redis: Redis) 
         queue.enqueue(request("b", "x" * 5000))
 
 
+def test_a_seed_is_refused_while_only_tpus_serve_the_model(queue: IngestQueue, redis: Redis) -> None:
+    seeded = [request("a", "x", sampling={"max_tokens": 1, "seed": 7, "temperature": 0.7})]
+    engine_card.publish(redis, "ingest", "t", card().model_copy(update={"device": "tpu"}))
+
+    with pytest.raises(RequestRefused, match="seed=7 not supported by the TPU runtime"):
+        queue.enqueue_many(seeded)
+    engine_card.publish(redis, "ingest", "g", card().model_copy(update={"device": "cuda"}))
+    assert queue.enqueue_many(seeded).num_enqueued == 1
+
+
 def test_cards_of_dead_workers_and_of_other_queues_refuse_nothing(queue: IngestQueue, redis: Redis) -> None:
     engine_card.publish(redis, "night", "w", card(max_model_len=100))
     dead = card(max_model_len=100).model_copy(update={"published_at": redis.time()[0] - engine_card.CARD_TTL - 5.0})
