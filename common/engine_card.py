@@ -33,6 +33,8 @@ class EngineCard(BaseModel):
     max_model_len: int
     # Sequences that the engine runs at once.
     max_num_seqs: int
+    # Tokens that the engine computes in one step at most; None on the cards of former releases.
+    max_num_batched_tokens: int | None = None
     # "cpu", "cuda", "tpu", or "simulated".
     device: str
     # Engine and version, such as "vllm 0.32.0".
@@ -41,6 +43,20 @@ class EngineCard(BaseModel):
     engine_digest: str
     # "refuse" or "clamp" (INGEST_OVER_LENGTH).
     over_length: str
+    # What the warm-up found; None on the cards of former releases, and where it can't be known.
+    # The KV cache as it really is: type of its values ("fp8_e5m2"), tokens that fit at once, blocks, tokens of a block.
+    kv_cache_dtype: str | None = None
+    num_kv_tokens: int | None = None
+    num_blocks: int | None = None
+    block_size: int | None = None
+    # Tokens in a second, all sequences together.
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    # Milliseconds from the loaded engine to the ready worker.
+    warmup_ms: float | None = None
+    # Since then: graphs that had to be compiled, and sequences that lost their KV blocks to others.
+    recompiles: int | None = None
+    num_preemptions: int | None = None
     # Seconds since the epoch by Redis' clock.
     published_at: float = 0.0
 

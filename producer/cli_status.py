@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 # Queued documents that are looked at for the worker that they need.
 _HEAD = 128
 
+# What an engine card may say besides (see `EngineCard`), and how it is shown.
+_FOUND = {
+    "kv_cache_dtype": "KV cache {}",
+    "num_kv_tokens": "{} tokens",
+    "num_blocks": "{} blocks",
+    "block_size": "of {} tokens",
+    "prefill_tokens_per_s": "prefill {:.0f} tokens/s",
+    "decode_tokens_per_s": "decode {:.0f} tokens/s",
+    "recompiles": "{} recompiles since it was ready",
+    "num_preemptions": "{} preemptions",
+}
+
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("group_id", metavar="[GROUP]", required=False)
@@ -95,13 +107,8 @@ def _show(state: dict[str, Any]) -> None:
         if name == "workers":
             click.echo(f"workers: {len(value)}")
             for card in value:
-                click.echo(
-                    "  "
-                    + printable(
-                        f"{card['name']}: {card['model']} on {card['device']}, {card['engine']}, "
-                        f"max_model_len {card['max_model_len']}, max_num_seqs {card['max_num_seqs']}"
-                    )
-                )
+                for line in _worker_told(card):
+                    click.echo(f"  {printable(line)}")
         elif name == "machines":
             for machine in value:
                 click.echo(f"machine {printable(_machine_told(machine))}")
@@ -113,6 +120,16 @@ def _show(state: dict[str, Any]) -> None:
                 click.echo(f"  {word}: {count}")
         elif name != "warnings":
             click.echo(f"{name}: {printable(str(value))}")
+
+
+def _worker_told(card: dict[str, Any]) -> list[str]:
+    """One line on a worker's engine, and one on what its warm-up found and has been counted since, if it says so."""
+    lines = [
+        f"{card['name']}: {card['model']} on {card['device']}, {card['engine']}, "
+        f"max_model_len {card['max_model_len']}, max_num_seqs {card['max_num_seqs']}"
+    ]
+    found = [form.format(card[name]) for name, form in _FOUND.items() if card[name] is not None]
+    return [*lines, f"  {', '.join(found)}"] if found else lines
 
 
 def _machine_told(machine: dict[str, Any]) -> str:

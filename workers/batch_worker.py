@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -30,6 +31,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 
 from ..common import engine_card, keys, scripts
 from ..common.connections import SOCKET_TIMEOUT, durability_warnings, explained, sibling
+from ..common.engine_config import with_model
 from ..common.errors import SettingsError
 from ..common.machine_health import record_failure, record_success
 from ..common.serializer import OrjsonSerializer
@@ -38,15 +40,17 @@ from . import preemption, processes
 from .courier import Courier, Stop
 from .crash_report import CrashReport
 from .drain import DrainController, companies, default_max_in_flight
-from .engine_start import Machine
 from .engines import load_engine
 from .engines.base import Engine
 from .feed import feed_continuously, feed_waves
 from .guardian import Guardian, Ward, portable
 from .housekeeper import Housekeeper
+from .live_card import LiveCard
 from .logs import described, log_where_rq_logs
 from .rows import RowWriter
 from .signals import SignalCount, ignore_further_signals
+from .startup.engine_start import EngineStarter
+from .startup.warmup import Warmed, WarmUp
 from .vitals import Duty, Vitals
 
 logger = logging.getLogger(__name__)
@@ -113,6 +117,7 @@ class BatchWorker(BaseWorker):
             )
         if self._exc_handlers:
             raise SettingsError("BatchWorker calls no exception handlers; leave out --exception-handler")
+        settings = with_model(settings)
         settings.served_model  # noqa: B018  raises if there is none
         return settings.model_copy(update={"queue": self.queues[0].name})
 
@@ -217,15 +222,16 @@ class BatchWorker(BaseWorker):
             self._housekeeper = self._new_housekeeper(self._guardian)
             self._housekeeper.start()
             self._crash_report.enable()
-            self._engine = self._start_engine()
+            self._engine, warmed = self._start_engine()
             self._crash_report.enable()  # the engine may have set up its own
             self._guardian.say_ready()
             self._guardian.await_watch()  # before there are leases
             self._housekeeper.catch_up()
             self._courier = self._new_courier(self._engine)
-            self._housekeeper.serve(self._courier, self._engine.card)
+            card = LiveCard(self._engine, warmed)
+            self._housekeeper.serve(self._courier, card)
             with suppress(RedisError):  # the housekeeper renews it
-                engine_card.publish(self.connection, self._settings.queue, self.name, self._engine.card)
+                engine_card.publish(self.connection, self._settings.queue, self.name, card())
             self._is_clear = False
             self._courier.start()
         except BaseException as error:
@@ -234,21 +240,30 @@ class BatchWorker(BaseWorker):
             if isinstance(error, StopRequested):
                 raise SystemExit(0) from None
             raise
-        card = self._engine.card
         self.log.info(
-            "Worker %s: %s ready on %s, model %s, up to %d documents in flight",
+            "Worker %s: %s ready on %s, model %s, up to %d documents in flight; %s",
             self.name,
-            card.engine,
-            card.device,
-            card.model,
+            self._engine.card.engine,
+            self._engine.card.device,
+            self._engine.card.model,
             self._max_in_flight(self._engine),
+            warmed,
         )
 
-    def _start_engine(self) -> Engine:
-        machine = Machine(self.connection, self._settings, self._machine)
+    def _start_engine(self) -> tuple[Engine, Warmed]:
+        starter = EngineStarter(self.connection, self._settings, self._machine)
+        warm_up = WarmUp(
+            self.connection,
+            self._settings,
+            stopping=lambda: self._told_to_stop,
+            promise=lambda: self._vitals.promise(Duty.STEP, self._settings.step_timeout),
+            release=lambda: self._vitals.release(Duty.STEP),
+        )
         with _exit_on_bad_settings():
-            machine.wait_for_turn(once=self._burst)
-            return machine.start(self.load_engine, lambda: self._told_to_stop)
+            starter.wait_for_turn(once=self._burst)
+            # After a failure, the prefixes of documents are as suspect as the machine.
+            run = partial(warm_up.run, fill_cache=not starter.is_suspect)
+            return starter.start(self.load_engine, run, lambda: self._told_to_stop)
 
     def _new_guardian(self) -> Guardian:
         pool = sibling(self.connection).connection_pool

@@ -348,7 +348,7 @@ class _Watch:
 
 
 def _read_ward() -> Ward | None:
-    """What the worker wrote first; None if it died before it had: it can't have held a lease then."""
+    """What the worker wrote first; None if it died before it had: if it held leases, a lost guardian's, they lapse."""
     stdin = sys.stdin.fileno()
     raw = b""
     size = struct.calcsize("<I")

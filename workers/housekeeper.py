@@ -93,7 +93,7 @@ class Housekeeper:
         # Since when Redis has answered without a break.
         self._in_touch_since = float("-inf")
         self._courier: Courier | None = None
-        self._card: EngineCard | None = None
+        self._card: Callable[[], EngineCard] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ingestq-housekeeper", daemon=True)
 
@@ -106,8 +106,8 @@ class Housekeeper:
         self._attempt(self._take_over)
         self._attempt(self._promote)
 
-    def serve(self, courier: Courier, card: EngineCard) -> None:
-        """From now on there are leases to keep and an engine to speak of."""
+    def serve(self, courier: Courier, card: Callable[[], EngineCard]) -> None:
+        """From now on there are leases to keep and an engine to speak of; `card` says how it is at that moment."""
         self._courier, self._card = courier, card
         self._due[self._publish] = 0.0
 
@@ -212,7 +212,7 @@ class Housekeeper:
 
     def _publish(self) -> None:
         if self._card:
-            engine_card.publish(self._connection, self._settings.queue, self._worker, self._card)
+            engine_card.publish(self._connection, self._settings.queue, self._worker, self._card())
 
 
 def _number(raw: bytes | None) -> float:

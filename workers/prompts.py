@@ -84,7 +84,7 @@ def build_prompt(
         PromptRefused: a chat prompt for a model without a chat template.
     """
     _refuse_far_too_long(request, engine)
-    token_ids = _encode(request, engine)
+    token_ids = encode(request, engine)
     sampling = fit(request.sampling, len(token_ids), engine.card.max_model_len, over_length)
     return Prompt(prompt_id=prompt_id, token_ids=token_ids, sampling=sampling)
 
@@ -103,7 +103,12 @@ def _refuse_far_too_long(request: IngestRequest, engine: Engine) -> None:
         )
 
 
-def _encode(request: IngestRequest, engine: Engine) -> list[int]:
+def encode(request: IngestRequest, engine: Engine) -> list[int]:
+    """Token ids of a request's prompt; its text is the last part of it that is the document's own.
+
+    Raises:
+        PromptRefused: a chat prompt for a model without a chat template.
+    """
     if request.chat:
         user = "\n\n".join(part for part in (request.instruction, request.text) if part)
         return engine.encode_chat(request.system, user)

@@ -7,7 +7,8 @@ Modes, alternating, REPEATS times (default 3), medians:
 Then once each with 128 leased, and with 1,024 over a larger set of short documents.
 
 Everything is taken at vLLM's own `LLMEngine.step`. `step_share` is the time inside it over the time from the first
-step's start to the last one's end; a worker's start and end are left out. CPU is this process's, over the whole run.
+step's start to the last one's end; a worker's start and end are left out. CPU is this process's, from the first
+document to the worker's end.
 The model is a tiny random Gemma 4 on one thread: steps and shares carry over to other hardware, rates don't.
 """
 
@@ -95,7 +96,7 @@ class Run:
 
     # Start and end of each step, seconds.
     steps: Sequence[tuple[float, float]]
-    # Of this process.
+    # Seconds of this process; a worker's from when it is ready.
     cpu: float
     # Prompt's token ids -> output's token ids.
     outputs: dict[tuple[int, ...], tuple[int, ...]]
@@ -127,6 +128,7 @@ class SharedEngine:
     def begin(self, at_step: Callable[[], int] = int) -> None:
         """Forgets the last run. `at_step` is asked at each step for the leases held."""
         self._at_step = at_step
+        self.cpu_begun = time.process_time()
         self.steps: list[tuple[float, float]] = []
         self.in_flight_max = 0
         self.prompts: dict[str, tuple[int, ...]] = {}
@@ -169,17 +171,20 @@ class SharedEngineWorker(BatchWorker):
     def load_engine(self) -> SharedEngine:
         return self.engine
 
+    def bootstrap(self, *args: Any, **kwargs: Any) -> None:
+        super().bootstrap(*args, **kwargs)
+        self.engine.begin(lambda: self._courier.in_flight)  # the warm-up's steps are no document's
+
 
 def run_bare(engine: SharedEngine, requests: Sequence[IngestRequest]) -> Run:
     from vllm import SamplingParams
 
     engine.begin()
-    cpu = time.process_time()
     params = [SamplingParams(**request.sampling.model_dump(exclude_none=True)) for request in requests]
     done = engine.llm.generate([request.text for request in requests], params, use_tqdm=False)
-    cpu = time.process_time() - cpu
+    cpu = time.process_time() - engine.cpu_begun
     return Run(
-        steps=engine.steps,
+        steps=list(engine.steps),
         cpu=cpu,
         outputs={tuple(output.prompt_token_ids): tuple(output.outputs[0].token_ids) for output in done},
         texts={request.document_id: output.outputs[0].text for request, output in zip(requests, done, strict=True)},
@@ -192,14 +197,12 @@ def run_queue(engine: SharedEngine, requests: Sequence[IngestRequest], settings:
         assert group.num_enqueued == len(requests)
         worker = SharedEngineWorker([QUEUE], connection=client, settings=settings)
         worker.engine = engine
-        engine.begin(lambda: worker._courier.in_flight)
-        cpu = time.process_time()
         worker.work(burst=True, logging_level="WARNING")
-        cpu = time.process_time() - cpu
+        cpu = time.process_time() - engine.cpu_begun
         return Run(
-            steps=engine.steps,
+            steps=list(engine.steps),
             cpu=cpu,
-            outputs=engine.outputs,
+            outputs=dict(engine.outputs),  # the next warm-up writes there, too
             texts={row.document_id: row.text or "" for row in iter_results(group, timeout=60)},
             in_flight_max=engine.in_flight_max,
         )

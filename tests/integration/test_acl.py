@@ -101,6 +101,22 @@ def test_documents_go_the_whole_way_each_role_doing_its_part(secured: SecuredSer
     assert results.returncode == 0
 
 
+def test_a_worker_may_look_at_what_queued_documents_begin_with(secured: SecuredServer, tmp_path: Path) -> None:
+    task = ("--instruction", "Say in one sentence what it is about and for whom. " * 3, "--no-chat")
+    command(secured, PRODUCER, "ingestq", "enqueue", "-", *task, input=TWO)
+    worker = WorkerProcess(
+        secured.url_of(WORKER),
+        tmp_path,
+        name="w",
+        worker="support.warming.WarmingWorker",
+        PYTHONPATH=str(Path(__file__).parents[1]),
+        **FAST,
+    )
+    with worker:
+        assert "1 shared prefixes cached" in worker.output
+    assert refusals(secured) == []
+
+
 @pytest.mark.parametrize("user", [PRODUCER, READER, OPERATOR])
 def test_the_state_of_a_group_can_be_asked_for(secured: SecuredServer, user: str) -> None:
     command(secured, PRODUCER, "ingestq", "enqueue", "-", "--group", "g", input=TWO)

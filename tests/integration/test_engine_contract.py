@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 # Read once, when torch and huggingface_hub are imported: one thread makes runs comparable, and nothing is downloaded.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,8 +17,10 @@ import pytest
 from ingestq.common.errors import PromptRefused, SettingsError
 from ingestq.common.schema import Sampling
 from ingestq.common.settings import Settings
-from ingestq.workers.engines import load_engine
+from ingestq.workers.engines import load_engine, vllm_engine
 from ingestq.workers.engines.base import Prompt
+from ingestq.workers.startup.measure import measure_rates
+from ingestq.workers.startup.rehearsal import Rehearsal
 
 MAX_MODEL_LEN = 512
 MAX_NUM_SEQS = 4
@@ -215,10 +219,65 @@ class EngineContract:
     def test_a_text_has_no_fewer_tokens_than_its_bytes_over_max_token_bytes(self, engine, text):
         assert len(engine.encode(text)) * engine.card.max_token_bytes >= len(text.encode())
 
+    def test_the_kv_cache_is_known_by_its_size(self, engine):
+        cache = engine.kv_cache
+        assert cache.dtype
+        assert cache.num_blocks > 0
+        assert cache.block_size > 0
+        assert cache.num_tokens >= MAX_MODEL_LEN
+        assert cache.asked == "auto"
+
+    def test_counters_count_up_and_the_kv_cache_is_empty_when_the_engine_is_idle(self, engine):
+        before = engine.counters()
+        engine.generate(prompts_of(engine))
+        after = engine.counters()
+        assert after.num_preemptions >= before.num_preemptions
+        assert after.prefix_cache_queries >= before.prefix_cache_queries
+        assert after.num_compilations == before.num_compilations == 0  # eager
+        assert after.kv_usage == 0
+
+    def test_the_kv_cache_is_in_use_while_prompts_run(self, engine):
+        for prompt in prompts_of(engine, 3):
+            engine.add_request(prompt)
+        engine.step()
+        engine.step()
+        assert 0 < engine.counters().kv_usage <= 1
+        drain(engine)
+
+    def test_counters_are_read_in_another_thread_while_the_engine_steps(self, engine):
+        seen = []
+        reader = threading.Thread(target=lambda: seen.extend(engine.counters() for _ in range(20)))
+        for prompt in prompts_of(engine):
+            engine.add_request(prompt)
+        reader.start()
+        drain(engine)
+        reader.join()
+        assert len(seen) == 20
+
+    def test_rates_are_measured_with_prompts_that_leave_nothing_behind(self, engine):
+        before = engine.counters()
+        rates = measure_rates(Rehearsal(engine, before_step=lambda: None))
+        assert rates.prefill_tokens_per_s > 0
+        assert rates.decode_tokens_per_s > 0
+        assert rates.decode_num_seqs == MAX_NUM_SEQS
+        assert engine.counters().prefix_cache_hits == before.prefix_cache_hits
+        assert not engine.has_unfinished()
+
+    def test_a_rehearsal_that_is_interrupted_leaves_nothing_behind(self, engine):
+        def interrupt():
+            if next(steps) == 2:
+                raise KeyboardInterrupt
+
+        steps = iter(range(3))
+        with pytest.raises(KeyboardInterrupt):
+            Rehearsal(engine, interrupt).run(prompts_of(engine))
+        assert not engine.has_unfinished()
+
     def test_the_card_says_what_the_engine_is(self, engine):
         card = engine.card
         assert (card.model, card.max_model_len, card.max_num_seqs) == ("tiny", MAX_MODEL_LEN, MAX_NUM_SEQS)
         assert card.over_length == "clamp"
+        assert card.max_num_batched_tokens >= MAX_NUM_SEQS
         assert card.tokenizer_digest
         assert card.engine_digest
 
@@ -273,8 +332,8 @@ class TestVllmEngine(EngineContract):
         assert "did you mean kv_cache_dtype?" in str(refusal.value)
 
     def test_an_argument_that_vllm_refuses_is_reported_in_one_line(self, engine, vllm_settings):
-        wrong = vllm_settings.model_copy(update={"engine_args": {"max_num_seqs": 64, "max_num_batched_tokens": 8}})
-        with pytest.raises(SettingsError, match=r"max_num_batched_tokens \(8\) must be greater") as refusal:
+        wrong = vllm_settings.model_copy(update={"engine_args": {"max_num_seqs": 8, "max_num_active_seqs": 64}})
+        with pytest.raises(SettingsError, match=r"max_num_active_seqs \(64\) cannot be greater") as refusal:
             load_engine(wrong)
         assert "\n" not in str(refusal.value)
 
@@ -287,6 +346,60 @@ class TestVllmEngine(EngineContract):
         with pytest.raises(PromptRefused, match="chat template"):
             engine.encode_chat(None, TEXT)
 
+    def test_the_card_tells_how_many_sequences_run_though_shapes_for_more_are_compiled(
+        self, engine, stepper, vllm_settings, monkeypatch
+    ):
+        monkeypatch.setattr(stepper.vllm_config.scheduler_config, "max_num_active_seqs", 2)
+        assert vllm_engine._card(vllm_settings, {}, engine._llm, engine._tokenizer).max_num_seqs == 2
+
+    @pytest.mark.parametrize("sampling", [{"presence_penalty": 0.5}, {"temperature": 0.7, "seed": 7}])
+    def test_what_the_tpu_runtime_would_ignore_is_refused_there(self, engine, monkeypatch, sampling):
+        """Documents get past `enqueue` while no worker is there, or another one is."""
+        on_tpu = engine.card.model_copy(update={"device": "tpu"})
+        monkeypatch.setattr(engine, "_card", on_tpu)
+        bad = prompt_of(engine, "bad", **sampling)
+        with pytest.raises(PromptRefused, match="not supported by the TPU runtime"):
+            engine.add_request(bad)
+        refused, done = engine.generate([bad, prompt_of(engine, "good")])
+        assert "not supported by the TPU runtime" in refused.error
+        assert done.finish_reason != "error"
+
+    def test_the_kv_cache_is_as_vllm_allocated_it(self, engine, stepper):
+        [dtypes] = stepper.collective_rpc(lambda worker: {str(array.dtype) for array in worker.model_runner.kv_caches})
+        cache, config = engine.kv_cache, stepper.vllm_config.cache_config
+        assert (cache.dtype, cache.is_read, dtypes) == ("float32", True, {"torch.float32"})
+        assert (cache.num_blocks, cache.block_size) == (config.num_gpu_blocks, config.block_size)
+        assert cache.num_tokens == config.kv_cache_size_tokens
+        assert cache.prefix_caching
+
+    def test_the_kv_cache_is_as_large_as_planned(self, engine):
+        assert engine.plan["kv_tokens"].value == engine.kv_cache.num_tokens
+        assert engine.plan["block_size"].value == engine.kv_cache.block_size
+
+    def test_a_preemption_is_counted(self, engine, stepper, monkeypatch):
+        """In the scheduler's own way of giving up: no block is left for the sequences that run."""
+        manager = stepper.engine_core.engine_core.scheduler.kv_cache_manager
+        allocate, refused = manager.allocate_slots, []
+
+        def none_left_once(request, *args, **kwargs):
+            if request.num_output_tokens > 2 and not refused:
+                refused.append(request)
+                return None
+            return allocate(request, *args, **kwargs)
+
+        before = engine.counters().num_preemptions
+        monkeypatch.setattr(manager, "allocate_slots", none_left_once)
+        engine.generate(prompts_of(engine, 4))
+        assert engine.counters().num_preemptions - before == 1
+
+    def test_a_compilation_is_counted(self, engine):
+        import torch
+
+        before = engine.counters().num_compilations
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+        assert engine.counters().num_compilations - before == 1
+        torch._dynamo.utils.counters.clear()
+
     def test_the_prefix_cache_shows_in_the_usage(self, engine):
         # Blocks are 128 tokens on CPU.
         token_ids = (engine.encode(TEXT) * 100)[:300]
@@ -296,27 +409,39 @@ class TestVllmEngine(EngineContract):
             [done] = engine.generate([Prompt(prompt_id=name, token_ids=token_ids, sampling=sampling)])
             cached.append(done.num_cached_tokens)
         assert cached[1] >= 128
+        assert engine.counters().prefix_cache_hits >= 128
 
     @pytest.mark.slow
+    @pytest.mark.timeout(900)  # three processes import vLLM, one after the other: minutes on a busy machine
     def test_an_engine_in_its_own_process_gives_the_same_and_leaves_no_process(self, engine, vllm_settings, tmp_path):
         script = tmp_path / "own_process.py"
         script.write_text(OWN_PROCESS)
         settings = vllm_settings.model_copy(update={"core": "own-process"})
-        ran = subprocess.run(
-            [sys.executable, script, settings.model_dump_json()],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            start_new_session=True,
-        )
-        assert ran.returncode == 0, ran.stderr
-        report = json.loads(ran.stdout.splitlines()[-1])
+        returncode, output, errors = run_alone([sys.executable, script, settings.model_dump_json()])
+        assert returncode == 0, errors
+        report = json.loads(output.splitlines()[-1])
         assert report["engine_processes"]
         assert report["engine_processes_after_close"] == []
         prompts = prompts_of(engine)
         expected = [list(outcome(done)) for done in engine.generate(prompts)]
         assert report["generated"] == expected
         assert sorted(report["fed"]) == sorted(expected)
+        cache = engine.kv_cache
+        assert report["kv_cache"] == [cache.dtype, cache.num_blocks, cache.block_size, cache.num_tokens]
+        assert report["counters"] == [None, 0]
+
+
+def run_alone(command):
+    """Runs a command to its end: exit code, output, errors. No process of it is left, whatever becomes of the test."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate()
+    finally:
+        with suppress(ProcessLookupError):  # an engine doesn't notice that its parent was killed
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
 
 
 # Its engine processes import it again: hence the guard.
@@ -327,7 +452,7 @@ sys.path[:0] = {[path for path in sys.path if path.endswith("tests")]!r}
 def main():
     import psutil
     from ingestq.common.settings import Settings
-    from ingestq.workers.engines import load_engine
+    from ingestq.workers.engines import load_engine, vllm_engine
     from integration.test_engine_contract import drain, outcome, prompts_of
 
     engine = load_engine(Settings.model_validate_json(sys.argv[1]))
@@ -339,12 +464,15 @@ def main():
     for prompt in prompts:
         engine.add_request(prompt)
     fed = drain(engine)
+    cache, counters = engine.kv_cache, engine.counters()
     engine.close()
     print(json.dumps({{
         "engine_processes": names,
         "engine_processes_after_close": [child.pid for child in processes if child.is_running()],
         "generated": [outcome(done) for done in generated],
         "fed": [outcome(done) for done in fed],
+        "kv_cache": [cache.dtype, cache.num_blocks, cache.block_size, cache.num_tokens],
+        "counters": [counters.num_compilations, counters.num_preemptions],
     }}))
 
 if __name__ == "__main__":

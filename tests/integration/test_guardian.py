@@ -19,6 +19,7 @@ from rq import Worker
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.machine_health import read_health, record_failure
+from ingestq.workers.processes import identity, is_dead
 from support.faulty import CHILD, LOAD_RAISES, LOAD_SECONDS, LOAD_SWALLOWS, MACHINE, ORDERS, POISONS
 from support.jobs import QUEUE, fetched, put, request, row, rq_job, statuses
 from support.processes import WorkerProcess, children, run, wait_until
@@ -67,7 +68,8 @@ def test_a_killed_workers_leases_return_at_once_in_order(server: EmbeddedServer,
     assert queued(redis) == job_ids
     assert redis.hmget(keys.job(job_ids[0]), "attempts", "crashes") == [b"1", b"1"]
     wait_until(lambda: not Worker.all(connection=redis), "and takes it off RQ's list")
-    assert "killed by signal 9 (SIGKILL); 200 documents queued again, 0 failed" in worker.output
+    said = "killed by signal 9 (SIGKILL); 200 documents queued again, 0 failed"
+    wait_until(lambda: said in worker.output, "and says so, last of all")
     assert rq_job(redis, job_ids[0]).get_status() == "queued"
 
 
@@ -112,12 +114,9 @@ def test_one_poison_among_many_is_failed_alone(server: EmbeddedServer, redis: Re
 def test_processes_that_a_worker_leaves_behind_are_killed(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
     with faulty(server, tmp_path, **{CHILD: "1"}) as worker:
         (child,) = [pid for pid, command in children(worker.process.pid) if "sleep" in command]
+        started = identity(child)
         worker.signal(signal.SIGKILL)
-        wait_until(lambda: not os.path.exists(f"/proc/{child}") or _is_zombie(child), "the engine's process is gone")
-
-
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        wait_until(lambda: is_dead(started), "the engine's process is gone")
 
 
 def test_without_guardian_and_worker_another_worker_takes_over(
@@ -405,7 +404,8 @@ def test_a_new_guardian_knows_what_the_old_one_was_told(server: EmbeddedServer, 
         wait_until(lambda: in_flight(redis) == 1, "it runs")
         first = guardian_of(worker)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: {pid for pid, _ in children(worker.process.pid)} - {first}, "another one starts")
+        renewed = redis.hget(keys.worker("w"), "alive_until")
+        wait_until(lambda: redis.hget(keys.worker("w"), "alive_until") != renewed, "another one is at work")
         worker.signal(signal.SIGKILL)
         wait_until(lambda: in_flight(redis) == 0, "it hands back")
         wait_until(lambda: "w" in read_health(redis, QUEUE), "and takes note")

@@ -103,6 +103,8 @@ class FaultyEngine(SimulatedEngine):
 
 
 class FaultyWorker(BatchWorker):
+    engine_class = FaultyEngine
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if seconds := os.environ.get(SOCKET_TIMEOUT):
             for module in (connections, batch_worker, courier, housekeeper):
@@ -126,7 +128,7 @@ class FaultyWorker(BatchWorker):
         if ORDERS in os.environ:
             scripts.lease = _between(scripts.lease, "lease")
             scripts.finish = _between(scripts.finish, "finish")
-        engine = FaultyEngine.from_settings(self._settings)
+        engine = self.engine_class.from_settings(self._settings)
         engine._erring, engine._erring_ids = set(), set()
         engine._poisonous, engine._poison_ids = {}, {}
         return engine

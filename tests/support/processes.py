@@ -51,7 +51,7 @@ def children(pid: int) -> list[tuple[int, str]]:
 
 
 def run(
-    *command: str, url: str, settings: Mapping[str, str] = {}, **options: object
+    *command: str, url: str, settings: Mapping[str, str] = {}, timeout: float = 240, **options: object
 ) -> subprocess.CompletedProcess[str]:
     """Runs an installed command (`rq`, `ingestq`) to its end."""
     arguments = [str(BIN / command[0]), *command[1:]]
@@ -60,7 +60,7 @@ def run(
         env=environment(url, settings),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         **options,
     )
 
@@ -87,10 +87,17 @@ class WorkerProcess:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
 
+    # Seconds until it is ready. vLLM in processes of its own is imported three times, one after the other: 40 s on an
+    # idle machine, 230 s on one at a load of 7 (2 cores).
+    start_patience = 480.0
+
     def __enter__(self) -> Self:
         self.start()
-        ready = "ready on"  # vLLM in a process of its own takes a minute on a busy machine
-        wait_until(lambda: ready in self.output or self.process.poll() is not None, "the worker is ready", patience=240)
+        wait_until(
+            lambda: "ready on" in self.output or self.process.poll() is not None,
+            "the worker is ready",
+            patience=self.start_patience,
+        )
         return self
 
     @property

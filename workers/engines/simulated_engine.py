@@ -27,7 +27,7 @@ from ...common.engine_card import EngineCard
 from ...common.errors import PromptRefused, SettingsError
 from ...common.schema import Sampling
 from ...common.settings import Settings, nearest
-from .base import Completion, Prompt
+from .base import Completion, EngineCounters, KvCache, Prompt, Rates
 
 _ENGINE = "simulated"
 
@@ -170,6 +170,7 @@ class SimulatedEngine:
             max_token_bytes=_TOKEN_BYTES,
             max_model_len=profile.max_model_len,
             max_num_seqs=profile.max_num_seqs,
+            max_num_batched_tokens=profile.max_num_batched_tokens,
             device=_ENGINE,
             engine=_ENGINE,
             engine_digest=digest,
@@ -180,6 +181,39 @@ class SimulatedEngine:
     @property
     def card(self) -> EngineCard:
         return self._card
+
+    @property
+    def kv_cache(self) -> KvCache:
+        profile = self._profile
+        return KvCache(
+            dtype=_ENGINE,
+            is_read=False,
+            asked="auto",
+            num_blocks=profile.num_kv_blocks,
+            block_size=profile.block_size,
+            num_tokens=profile.num_kv_blocks * profile.block_size,
+            prefix_caching=False,
+        )
+
+    @property
+    def rates(self) -> Rates:
+        """By the profile: a step full of prefill, and a step in which every sequence decodes."""
+        profile = self._profile
+        prefill_ms = profile.step_time_ms(1, profile.max_num_batched_tokens)
+        decode_ms = profile.step_time_ms(profile.max_num_seqs, 0)
+        return Rates(
+            prefill_tokens_per_s=_per_second(profile.max_num_batched_tokens, prefill_ms),
+            decode_tokens_per_s=_per_second(profile.max_num_seqs, decode_ms),
+            decode_num_seqs=profile.max_num_seqs,
+        )
+
+    @property
+    def plan(self) -> None:
+        """There is no model to plan for."""
+
+    def counters(self) -> EngineCounters:
+        in_use = 1 - self._num_free_blocks / self._profile.num_kv_blocks
+        return EngineCounters(num_preemptions=self.num_preemptions, num_compilations=0, kv_usage=in_use)
 
     @property
     def num_free_blocks(self) -> int:
@@ -380,6 +414,11 @@ class SimulatedEngine:
         natural = self._profile.output_tokens_median * math.exp(self._profile.output_tokens_sigma * deviation)
         wanted = max(1, sampling.min_tokens or 0, round(natural))
         return (limit, "length") if wanted > limit else (wanted, "stop")
+
+
+def _per_second(num_tokens: int, step_ms: float) -> float:
+    """Tokens of a second; of a step that takes no time, those of one that takes a microsecond."""
+    return num_tokens * 1e3 / max(step_ms, 1e-3)
 
 
 def _words(output_ids: Sequence[int]) -> list[str]:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 from pydantic import ValidationError
 
 from ...common.engine_card import EngineCard
+from ...common.engine_config import with_model
 from ...common.errors import PromptRefused, SettingsError
+from ...common.planner.plan import Plan
+from ...common.planner.unplanned import VARIABLES
 from ...common.schema import Sampling
-from ...common.settings import Settings, nearest
-from .base import Completion, Prompt
+from ...common.settings import Settings
+from ...common.tpu_sampling import unsupported_on_tpu
+from ..logs import one_line
+from ..startup.configure import Host, configure
+from ..startup.devices import gpu_chips, tpu_chips
+from .base import Completion, EngineCounters, KvCache, Prompt
+from .compilations import Compilations
 
-# What ingestq sets where the settings don't. The statistics carry the time to first token; their cost is lost in the
-# noise (64 prompts of a tiny Gemma 4 in 208 steps on one CPU core: 3.3 to 3.5 CPU-s with them, 3.3 to 4.0 without).
-_DEFAULT_ARGS: dict[str, Any] = {"disable_log_stats": False, "use_tqdm_on_load": False}
-
-# Arguments that are ours to set, with what to do instead.
-_RESERVED_ARGS = {
-    "model": "set INGEST_MODEL",
-    "disable_log_stats": "leave it out: the time to first token comes from vLLM's statistics",
-}
+logger = logging.getLogger(__name__)
 
 # Not part of the digest: the same weights wherever the folder is, and a secret.
 _UNDIGESTED_ARGS = ("model", "hf_token")
@@ -38,18 +39,33 @@ _NO_BYTE_BOUND = 1 << 30
 # workers (VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS), so that the core is often killed while it cleans up.
 _CLOSE_TIMEOUT = 15.0
 
+# Likeliest tokens that `score` tells of besides the chosen one; vLLM's max_logprobs is 20.
+_NUM_LOGPROBS = 5
+
 # Runs that tokenizers are known to shrink: whitespace stripped or merged, compatibility forms and combining marks
 # normalised, unknown characters fused.
 _SHRINKING = (" ", "\t", "\n", "\N{MATHEMATICAL BOLD CAPITAL A}", "\N{COMBINING GRAVE ACCENT}", "\ue000")
 
 
+# vLLM's metrics (vllm/v1/metrics/loggers.py) and ours, one for each engine of the process.
+_COUNTED = {
+    "vllm:num_preemptions": "num_preemptions",
+    "vllm:prefix_cache_queries": "prefix_cache_queries",
+    "vllm:prefix_cache_hits": "prefix_cache_hits",
+    "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+}
+
+
 class VllmEngine:
     """One vLLM engine, in this process or in one of its own (INGEST_CORE)."""
 
-    def __init__(self, llm: Any, card: EngineCard, tokenizer: Any) -> None:
+    def __init__(self, llm: Any, card: EngineCard, tokenizer: Any, kv_cache: KvCache, plan: Plan | None) -> None:
         """Args:
         llm: a `vllm.LLM` that keeps statistics.
         tokenizer: a copy that `llm` doesn't use: fast tokenizers panic when two threads use one ("Already borrowed").
+        plan: what `llm` was to be, if that could be told.
         """
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
@@ -59,6 +75,10 @@ class VllmEngine:
         self._engine = llm.llm_engine
         self._card = card
         self._tokenizer = tokenizer
+        self._kv_cache = kv_cache
+        self._plan = plan
+        # The core compiles, and where it is in a process of its own nobody can be asked.
+        self._compilations = Compilations(card.device) if _is_in_process(llm) else None
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         # vLLM's own error is not a ValueError; wrong types and some values still raise Python's.
@@ -74,18 +94,45 @@ class VllmEngine:
         _set_environment(settings)
         import vllm
 
-        args = _engine_args(settings, [field.name for field in dataclasses.fields(vllm.EngineArgs)])
+        settings = with_model(settings)
+        configured = configure(settings, _host(), _model_config)
+        for warning in configured.warnings:
+            logger.warning("%s", warning, extra={"action": "engine_configured"})
+        args = configured.args
         try:
             llm = vllm.LLM(**args)
             tokenizer = copy.deepcopy(llm.get_tokenizer())
         except (ValueError, TypeError, OSError, NotImplementedError) as error:  # OSError: no such model
             shown = ", ".join(f"{name}={value!r}" for name, value in args.items() if name != "hf_token")
             raise SettingsError(f"vLLM refuses its settings ({shown}): {_one_line(error)}") from error
-        return cls(llm, _card(settings, args, llm, tokenizer), tokenizer)
+        kv_cache = _kv_cache(llm, asked=str(args.get("kv_cache_dtype", "auto")))
+        return cls(llm, _card(settings, args, llm, tokenizer), tokenizer, kv_cache, plan=configured.plan)
 
     @property
     def card(self) -> EngineCard:
         return self._card
+
+    @property
+    def kv_cache(self) -> KvCache:
+        return self._kv_cache
+
+    @property
+    def rates(self) -> None:
+        """Nobody knows before it has run."""
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._plan
+
+    def counters(self) -> EngineCounters:
+        totals: dict[str, float] = {}
+        for metric in self._llm.get_metrics():
+            if name := _COUNTED.get(metric.name):
+                totals[name] = totals.get(name, 0) + metric.value
+        usage = totals.pop("kv_usage", 0.0)
+        counted = {name: int(value) for name, value in totals.items()}
+        num_compilations = self._compilations.num if self._compilations else None
+        return EngineCounters(**counted, num_compilations=num_compilations, kv_usage=usage)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
@@ -150,10 +197,41 @@ class VllmEngine:
             self._engine.abort_request(list(self._engine.output_processor.request_states), internal=True)
             raise
 
+    def score(self, prompts: Sequence[Prompt]) -> list[tuple[list[int], list[dict[int, float]]]]:
+        """Runs prompts to their end as `generate` does, with log-probabilities; for comparing engines.
+
+        Returns:
+            Of each prompt its output tokens and, for each of them, token id -> natural log of its probability: of the
+            chosen token and the _NUM_LOGPROBS likeliest.
+
+        Raises:
+            PromptRefused: the engine refuses one of them.
+        """
+        params = [self._check(prompt) for prompt in prompts]
+        for one in params:
+            one.logprobs = _NUM_LOGPROBS
+        outputs = self._generate([_input(prompt) for prompt in prompts], params) if prompts else []
+        return [_scored(output.outputs[0]) for output in outputs]
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The accelerators that this process holds: kind, bytes_in_use, bytes_limit; none on CPU or out of process."""
+        if self._card.device == "tpu":
+            import jax
+
+            return [_tpu(device) for device in jax.local_devices() if device.memory_stats()]
+        if self._card.device == "cuda":
+            import torch
+
+            return [_gpu(torch.cuda, i) for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)]
+        return []
+
     def close(self) -> None:
         self._engine.engine_core.shutdown(timeout=_CLOSE_TIMEOUT)
 
     def _params(self, sampling: Sampling) -> Any:
+        if self._card.device == "tpu" and (unsupported := unsupported_on_tpu(sampling)):
+            shown = ", ".join(f"{name}={value}" for name, value in unsupported.items())
+            raise PromptRefused(f"sampling: {shown} not supported by the TPU runtime; leave it out")
         given = sampling.model_dump(mode="json", exclude_none=True)  # json: vLLM asserts that `stop` is a list
         return self._sampling_params(**given, output_kind=self._final_only)
 
@@ -178,24 +256,45 @@ def _set_environment(settings: Settings) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def _engine_args(settings: Settings, known: list[str]) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`.
+def _host() -> Host:
+    import vllm
+    from vllm.platforms import current_platform
 
-    Raises:
-        SettingsError: no model, or arguments that are not vLLM's or not the user's to set; names each.
-    """
-    problems = []
-    for name in settings.engine_args:
-        variable = f"INGEST_ENGINE_{name.upper()}"
-        if name in _RESERVED_ARGS:
-            problems.append(f"{variable}: {_RESERVED_ARGS[name]}")
-        elif name not in known:
-            problems.append(f"{variable} is no engine argument of vLLM; {nearest(name, known)}")
-    if settings.model is None:
-        problems.append("INGEST_MODEL is not set; set it to a local folder or a hub id")
-    if problems:
-        raise SettingsError("; ".join(problems))
-    return {**_DEFAULT_ARGS, **settings.engine_args, "model": settings.model}
+    device = str(current_platform.device_type)
+    return Host(
+        known_args=[field.name for field in dataclasses.fields(vllm.EngineArgs)],
+        device=device,
+        chips=_chips(current_platform),
+        memory_bytes=current_platform.get_device_total_memory() if device in ("cpu", "cuda") else None,
+        kv_cache_bytes=(vllm.envs.VLLM_CPU_KVCACHE_SPACE or 0) * 2**30 or None if device == "cpu" else None,
+        compile_cache=vllm.envs.VLLM_XLA_CACHE_PATH,
+        variables={name: os.environ[name] for name in VARIABLES if device == "tpu" and name in os.environ},
+    )
+
+
+def _chips(platform: Any) -> str | None:
+    """The machine's accelerators, such as "v6e-4"; None if they are not known."""
+    if platform.device_type == "tpu":
+        return tpu_chips(os.environ.get("TPU_VISIBLE_CHIPS"))
+    if platform.device_type == "cuda":
+        return gpu_chips(platform.get_device_name(), platform.device_count())
+    return str(platform.device_type)
+
+
+def _model_config(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The model's config.json, also from the hub; None where it can't be had."""
+    from transformers import PretrainedConfig
+    from vllm.transformers_utils.config import file_or_path_exists
+
+    model, revision = args.get("hf_config_path") or args["model"], args.get("revision")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model, revision=revision, token=args.get("hf_token"))
+        # Where ModelOpt up to 0.29 says that the weights are quantized; vLLM looks there, too.
+        if config and file_or_path_exists(model, "hf_quant_config.json", revision):
+            config = {"quantization_config": {"quant_method": "modelopt"}, **config}
+    except Exception:  # the hub's errors have no common base; vLLM meets the same, and says so
+        return None
+    return dict(config) or None
 
 
 def _card(settings: Settings, args: dict[str, Any], llm: Any, tokenizer: Any) -> EngineCard:
@@ -205,17 +304,73 @@ def _card(settings: Settings, args: dict[str, Any], llm: Any, tokenizer: Any) ->
     engine = f"vllm {vllm.__version__}"
     digested = {name: value for name, value in args.items() if name not in _UNDIGESTED_ARGS}
     vocabulary = tokenizer.get_vocab()
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
     return EngineCard(
         model=settings.served_model,
         tokenizer_digest=_digest(sorted(vocabulary.items())),
         max_token_bytes=_max_token_bytes(tokenizer, vocabulary),
         max_model_len=llm.llm_engine.model_config.max_model_len,
-        max_num_seqs=llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
+        max_num_seqs=scheduler.max_num_active_seqs or scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
         device=current_platform.device_type,
         engine=engine,
         engine_digest=_digest([engine, settings.served_model, digested]),
         over_length=settings.over_length,
     )
+
+
+def _is_in_process(llm: Any) -> bool:
+    """Whether vLLM's core can be looked into (INGEST_CORE=in-process)."""
+    return hasattr(llm.llm_engine.engine_core, "engine_core")
+
+
+def _kv_cache(llm: Any, *, asked: str) -> KvCache:
+    """The cache that was allocated: its size as vLLM's core reports it, its type from the arrays, if in reach."""
+    config = llm.llm_engine.vllm_config
+    cache = config.cache_config
+    dtypes = _read_kv_dtypes(llm)
+    settled = str(config.model_config.dtype) if cache.cache_dtype == "auto" else cache.cache_dtype
+    return KvCache(
+        dtype=", ".join(kv_dtype_name(dtype, settled) for dtype in dtypes or [settled]),
+        is_read=bool(dtypes),
+        asked=asked,
+        num_blocks=cache.num_gpu_blocks or 0,
+        block_size=cache.block_size,
+        num_tokens=cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size,
+        prefix_caching=cache.enable_prefix_caching,
+    )
+
+
+def _read_kv_dtypes(llm: Any) -> list[str]:
+    """The types of the KV arrays; none where they are out of reach, which must not keep the engine from working."""
+    if not _is_in_process(llm):  # a core elsewhere calls only methods that its workers have
+        return []
+    try:
+        of_workers = llm.llm_engine.collective_rpc(_kv_array_dtypes)
+    except Exception as error:
+        logger.warning("the type of the KV cache can't be read: %s", one_line(str(error)))
+        return []
+    return sorted({dtype for of_worker in of_workers for dtype in of_worker})
+
+
+def _kv_array_dtypes(worker: Any) -> list[str]:
+    """Runs in each of vLLM's workers: the types of its KV arrays; torch's or JAX's, for some layers a list of them."""
+    layers = getattr(worker.model_runner, "kv_caches", ())
+    arrays = [array for layer in layers for array in (layer if isinstance(layer, (list, tuple)) else [layer])]
+    return sorted({str(array.dtype) for array in arrays})
+
+
+def kv_dtype_name(dtype: str, settled: str) -> str:
+    """A type in vLLM's spelling.
+
+    Args:
+        dtype: torch's or JAX's name of it, such as "torch.uint8" or "float8_e5m2".
+        settled: the `cache_dtype` that vLLM has settled on: on GPUs it stores 8-bit floats as plain bytes
+            (STR_DTYPE_TO_TORCH_DTYPE in vllm/utils/torch_utils.py), which only this gives a meaning.
+    """
+    name = dtype.removeprefix("torch.")
+    name = settled if name == "uint8" else name
+    return {"fp8": "fp8_e4m3", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}.get(name, name)
 
 
 def _max_token_bytes(tokenizer: Any, vocabulary: dict[str, int]) -> int:
@@ -259,6 +414,23 @@ def _completion(prompt_id: str, output: Any) -> Completion:
         run_ms=(ttft + metrics.last_token_ts - metrics.first_token_ts) * 1e3,
         error=f"vLLM ended the prompt with finish_reason {reason!r}" if failed else None,
     )
+
+
+def _scored(sequence: Any) -> tuple[list[int], list[dict[int, float]]]:
+    logprobs = [{token: entry.logprob for token, entry in position.items()} for position in sequence.logprobs]
+    return list(sequence.token_ids), logprobs
+
+
+def _tpu(device: Any) -> dict[str, Any]:
+    """Of a jax.Device, whose runtime tells of its HBM."""
+    stats = device.memory_stats()
+    return {"kind": device.device_kind, "bytes_in_use": stats["bytes_in_use"], "bytes_limit": stats["bytes_limit"]}
+
+
+def _gpu(cuda: Any, index: int) -> dict[str, Any]:
+    """Of all processes on the GPU: torch's own figures leave out what it doesn't allocate itself."""
+    free, total = cuda.mem_get_info(index)
+    return {"kind": cuda.get_device_name(index), "bytes_in_use": total - free, "bytes_limit": total}
 
 
 def _one_line(error: Exception) -> str:

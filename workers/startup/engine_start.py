@@ -1,4 +1,4 @@
-"""`Machine`: whether an engine may be started here, and whether it works, before any document is at stake."""
+"""`EngineStarter`: whether an engine may be started here, and whether it works, before any document is at stake."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from redis import Redis
 from redis.exceptions import RedisError
 from rq.exceptions import StopRequested
 
-from ..common.errors import EngineError, SettingsError
-from ..common.machine_health import MachineHealth, read_health, record_failure
-from ..common.schema import Sampling
-from ..common.settings import Settings
-from .engines.base import Engine, Prompt
-from .logs import described, one_line
+from ...common.errors import SettingsError
+from ...common.machine_health import MachineHealth, read_health, record_failure
+from ...common.settings import Settings
+from ..engines.base import Engine
+from ..logs import described, one_line
+from ..signals import ignore_further_signals
 
 logger = logging.getLogger(__name__)
 
 # Seconds between looks at the machine's health: it may have been forgiven.
 _LOOK = 2.0
 
+T = TypeVar("T")
 
-class Machine:
+
+class EngineStarter:
     """Starts engines on one machine, with the back-off that its failures ask for."""
 
     def __init__(self, connection: Redis, settings: Settings, name: str) -> None:
@@ -32,6 +35,8 @@ class Machine:
         self._queue = settings.queue
         self._max_failures = settings.max_failures
         self._name = name
+        # Whether an engine has failed here and none has worked since, as of `wait_for_turn`.
+        self.is_suspect = False
 
     def wait_for_turn(self, *, once: bool) -> None:
         """Waits out the back-off after failures; on a broken machine, until it is forgiven.
@@ -50,6 +55,7 @@ class Machine:
             except RedisError as error:  # that says nothing against this machine
                 logger.warning("Redis: %s; the engine is started without a look at its failures", one_line(str(error)))
                 return
+            self.is_suspect = bool(health.start_failures or health.run_failures)
             if wait <= 0:
                 return
             refuses = health.refuses
@@ -60,20 +66,22 @@ class Machine:
                 raise SystemExit(1)
             time.sleep(min(wait, _LOOK))
 
-    def start(self, load: Callable[[], Engine], stopping: Callable[[], bool]) -> Engine:
-        """The engine, after it has run a prompt: what fails from now on may be a document's fault.
+    def start(
+        self, load: Callable[[], Engine], warm_up: Callable[[Engine], T], stopping: Callable[[], bool]
+    ) -> tuple[Engine, T]:
+        """A warm engine, with what the warm-up found: what fails from now on may be a document's fault.
 
         Args:
             stopping: whether the worker was told to stop, whatever has become of the exception that says so.
 
         Raises:
             StopRequested: it was.
-            SettingsError: of `load`; not counted as a failure of the machine.
-            SystemExit: with code 1, when the engine could not be built or failed its first prompt.
+            SettingsError: of `load` or `warm_up`; not counted as a failure of the machine.
+            SystemExit: with code 1, when the engine could not be built or failed its warm-up.
         """
         try:
             engine = load()
-            _prove(engine)
+            return engine, _warmed(engine, warm_up, stopping)
         except SettingsError:
             raise
         except Exception as error:
@@ -86,10 +94,6 @@ class Machine:
                     self._connection, self._queue, self._name, "start", reason, max_failures=self._max_failures
                 )
             raise SystemExit(1) from error
-        if stopping():
-            engine.close()
-            raise StopRequested
-        return engine
 
     def _told(self, health: MachineHealth, wait: float) -> str:
         failures = health.start_failures + health.run_failures
@@ -102,18 +106,15 @@ class Machine:
         return what
 
 
-def _prove(engine: Engine) -> None:
-    """Runs one small prompt.
-
-    Raises:
-        EngineError: the engine failed it.
-    """
-    prompt = Prompt(prompt_id="proof", token_ids=engine.encode("ingestq"), sampling=Sampling(max_tokens=1))
+def _warmed(engine: Engine, warm_up: Callable[[Engine], T], stopping: Callable[[], bool]) -> T:
+    """What the warm-up found; an engine that fails it, or isn't wanted any more, is closed."""
     try:
-        (completion,) = engine.generate([prompt])
-    except BaseException:
+        found = warm_up(engine)
+        if stopping():
+            raise StopRequested
+        return found
+    except BaseException:  # a signal's, too
+        ignore_further_signals()  # the worker ends in any case
         with suppress(Exception):
             engine.close()  # its processes would hold the accelerator
         raise
-    if completion.finish_reason == "error":
-        raise EngineError(completion.error or "it fails its first prompt")
