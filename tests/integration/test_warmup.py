@@ -217,12 +217,23 @@ def test_the_look_at_the_queue_finds_tasks_and_changes_nothing(redis: Redis) -> 
     redis.set(keys.job(wrong), "not a hash")
     redis.hset(keys.job(garbage), "data", b"\x80")
     put(redis, [request(400)])  # no instruction, no chat: it shares nothing
-    before = {name: redis.dump(name) for name in redis.scan_iter()}
+    before = contents(redis)
 
     found = queued_tasks(redis, QUEUE, "sim")
 
     assert found == [Task(None, INSTRUCTION, False), Task("You are brief.", INSTRUCTION.upper(), False)]
-    assert {name: redis.dump(name) for name in redis.scan_iter()} == before
+    assert contents(redis) == before
+
+
+def contents(redis: Redis) -> dict[bytes, object]:
+    """Everything that a producer writes. (Of a large hash DUMP may differ from one time to the next.)"""
+    read = {
+        b"hash": redis.hgetall,
+        b"string": redis.get,
+        b"zset": lambda name: redis.zrange(name, 0, -1, withscores=True),
+    }
+    read |= {b"list": lambda name: redis.lrange(name, 0, -1), b"set": redis.smembers, b"stream": redis.xrange}
+    return {name: read[redis.type(name)](name) for name in redis.scan_iter()}
 
 
 def test_the_look_at_the_queue_is_bounded(redis: Redis) -> None:
