@@ -16,6 +16,7 @@ from ingestq.common.serializer import OrjsonSerializer
 from ingestq.common.settings import Settings
 from ingestq.producer import IngestQueue, QueueRefused, fetch_results, iter_results, list_failed
 from support.hand_worker import drain, finish, lease, request
+from support.jobs import contents
 from support.processes import run, wait_until
 
 
@@ -46,10 +47,6 @@ def id_of(document_id: str) -> str:
 
 def delete_with_stock_rq(redis: Redis, document_id: str) -> None:
     Job.fetch(id_of(document_id), connection=redis, serializer=OrjsonSerializer).delete()
-
-
-def contents(redis: Redis) -> dict[bytes, bytes]:
-    return {key: redis.dump(key) for key in redis.scan_iter()}
 
 
 def read(queue: IngestQueue, reader: Redis, **options: object) -> list[tuple[str, str]]:

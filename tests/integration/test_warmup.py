@@ -19,7 +19,7 @@ from ingestq.common.settings import Settings
 from ingestq.workers.engines.simulated_engine import SimulatedEngine
 from ingestq.workers.startup.prefixes import Task, queued_tasks, shared_prefix
 from support.faulty import MACHINE, ORDERS, TOKENIZER_PANICS
-from support.jobs import QUEUE, put, request, statuses
+from support.jobs import QUEUE, contents, put, request, statuses
 from support.notice import NoticeServer
 from support.processes import SIMULATED, WorkerProcess, run, wait_until
 from support.warming import KV_CACHE, PROMPTS
@@ -223,17 +223,6 @@ def test_the_look_at_the_queue_finds_tasks_and_changes_nothing(redis: Redis) -> 
 
     assert found == [Task(None, INSTRUCTION, False), Task("You are brief.", INSTRUCTION.upper(), False)]
     assert contents(redis) == before
-
-
-def contents(redis: Redis) -> dict[bytes, object]:
-    """Everything that a producer writes. (Of a large hash DUMP may differ from one time to the next.)"""
-    read = {
-        b"hash": redis.hgetall,
-        b"string": redis.get,
-        b"zset": lambda name: redis.zrange(name, 0, -1, withscores=True),
-    }
-    read |= {b"list": lambda name: redis.lrange(name, 0, -1), b"set": redis.smembers, b"stream": redis.xrange}
-    return {name: read[redis.type(name)](name) for name in redis.scan_iter()}
 
 
 def test_the_look_at_the_queue_is_bounded(redis: Redis) -> None:

@@ -60,3 +60,14 @@ def row(redis: Redis, job_id: str) -> IngestResult:
 def rq_job(redis: Redis, job_id: str) -> Job:
     """The job as RQ's users see it."""
     return Job.fetch(job_id, connection=redis, serializer=OrjsonSerializer)
+
+
+def contents(redis: Redis) -> dict[bytes, object]:
+    """Everything that a producer writes. (Of a large hash DUMP may differ from one time to the next.)"""
+    read = {
+        b"hash": redis.hgetall,
+        b"string": redis.get,
+        b"zset": lambda name: redis.zrange(name, 0, -1, withscores=True),
+    }
+    read |= {b"list": lambda name: redis.lrange(name, 0, -1), b"set": redis.smembers, b"stream": redis.xrange}
+    return {name: read[redis.type(name)](name) for name in redis.scan_iter()}
