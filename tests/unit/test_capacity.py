@@ -26,7 +26,7 @@ def kv_bytes(layout: ModelLayout, chips: Machine, size: int, dtype: str) -> int:
 
 def sizing(layout: ModelLayout, chips: Machine, tokens: int, **shape: object) -> Sizing:
     workload = Workload(prompt_tokens=tokens - 1, output_tokens=1)
-    return resolve(layout, chips, workload, EngineShape(**shape))[1]  # type: ignore[arg-type]
+    return resolve(layout, chips, workload, EngineShape(**shape))[1]
 
 
 @pytest.mark.parametrize(

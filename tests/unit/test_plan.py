@@ -53,7 +53,7 @@ def plan(
         load_layout(model),
         machine(chips) if isinstance(chips, str) else chips,
         Workload(prompt_tokens=prompt, output_tokens=output, num_documents=documents, shared_prefix_tokens=prefix),
-        EngineShape(**shape),  # type: ignore[arg-type]
+        EngineShape(**shape),
         price_per_hour=price,
         deadline_hours=deadline,
     )

@@ -26,7 +26,7 @@ class _Unit(RawConfigParser):
 
     def __init__(self) -> None:
         super().__init__(strict=False)
-        self.optionxform = str  # type: ignore[assignment, method-assign]
+        self.optionxform = str
 
 
 def unit() -> dict[str, str]:
