@@ -72,6 +72,20 @@ def test_a_shipped_configuration_passes_the_real_runtimes_parser(
     facts["configs_checked"] = facts.get("configs_checked", 0) + 1
 
 
+@pytest.mark.usefixtures("tpu_env")
+@pytest.mark.parametrize(
+    "file", sorted(set((TOP / "deploy" / "engines").glob("*.yaml")) - set(SHIPPED)), ids=lambda path: path.name
+)
+def test_a_configuration_for_other_machines_is_one_that_this_parser_takes_too(
+    file: Path, gemma4: Path, facts: dict[str, Any]
+) -> None:
+    asked = read_engine_config(file)
+    EngineConfig(from_file=asked, from_env={}, file=file.name).check_names(KNOWN)
+
+    assert vllm_config(asked, gemma4).model_config.max_model_len == asked["max_model_len"]
+    facts["configs_checked"] = facts.get("configs_checked", 0) + 1
+
+
 def refused_names(args: dict[str, Any]) -> set[str]:
     """The arguments that EngineArgs does not take: it names one at a time."""
     refused: set[str] = set()
