@@ -17,7 +17,8 @@ from ..common.planner import rates
 from ..common.planner.hardware import machine
 from ..common.planner.model_layout import load_layout
 from ..common.planner.plan import EngineShape, Plan, Workload, make_plan
-from .units import beside, bounds, byte_size, duration, rounded, shown
+from ..common.sizes import byte_size
+from .units import beside, bounds, duration, rounded, shown
 
 # The machine that it speaks of.
 CHIPS = "v6e-4"
@@ -157,8 +158,9 @@ def _footprint(claim: str, told: float, plan: Plan) -> Verdict:
     tokens = 16.7e6
     because = (
         f"that is {told / tokens:,.0f} bytes a token; the global layers alone need {ideal:,.0f} "
-        f"({byte_size(tokens * ideal)}), the runtime allocates {allocated:,.0f} ({byte_size(tokens * allocated)}); "
-        f"the machine has {byte_size(_value(plan, 'kv_pool_bytes'))} for them"
+        f"({byte_size(tokens * ideal, rounded)}), the runtime allocates {allocated:,.0f} "
+        f"({byte_size(tokens * allocated, rounded)}); "
+        f"the machine has {byte_size(_value(plan, 'kv_pool_bytes'), rounded)} for them"
     )
     return Verdict(claim=claim, word=Word.IMPOSSIBLE if told < tokens * ideal else Word.TRUE, because=because)
 
@@ -230,8 +232,9 @@ def _traffic(bf16: Plan, fp8: Plan) -> Verdict:
     return Verdict(
         claim="FP8 reduces HBM traffic by 50 %",
         word=Word.TRUE if saved >= 0.5 else Word.FALSE,
-        because=f"a decode step of {num_documents} documents reads {byte_size(weights)} of weights and "
-        f"{byte_size(wide - weights)} of KV cache, {byte_size(narrow - weights)} with fp8: {saved:.0%} less",
+        because=f"a decode step of {num_documents} documents reads {byte_size(weights, rounded)} of weights and "
+        f"{byte_size(wide - weights, rounded)} of KV cache, {byte_size(narrow - weights, rounded)} with fp8: "
+        f"{saved:.0%} less",
     )
 
 
@@ -282,7 +285,7 @@ def _configuration(facts: _Facts) -> Iterator[Verdict]:
     yield Verdict(
         claim="4 chips of v6e have 128 GB of HBM",
         word=Word.TRUE if hbm >= 128e9 else Word.FALSE,
-        because=f"{byte_size(hbm)} usable; weights take {shown(fp8['weights_bytes'])}, the KV cache gets "
+        because=f"{byte_size(hbm, rounded)} usable; weights take {shown(fp8['weights_bytes'])}, the KV cache gets "
         f"{shown(fp8['kv_pool_bytes'])} at gpu_memory_utilization {TEMPLATE['gpu_memory_utilization']}",
     )
     names = gone()

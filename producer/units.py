@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from ..common.planner.plan import Figure
+from ..common.sizes import byte_size
 
 
 def bounds(figure: Figure) -> tuple[float, float]:
@@ -38,17 +39,9 @@ def _with_unit(value: float, unit: str, exact: bool, largest: float) -> str:
     if unit == "currency":
         return f"{value:,.2f}"
     if unit == "bytes" or (unit.startswith("bytes/") and value >= 2**20):
-        return byte_size(value) + unit.removeprefix("bytes")
+        return byte_size(value, rounded) + unit.removeprefix("bytes")
     number = f"{value:,.0f}" if exact and value == int(value) and value < _LONGEST else rounded(value)
     return number if unit in _SILENT else f"{number} {unit}".rstrip()
-
-
-def byte_size(value: float) -> str:
-    """In binary units."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(value) >= size:
-            return f"{rounded(value / size)} {unit}"
-    return f"{value:,.0f} B"
 
 
 def duration(value: float, largest: float | None = None) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..sizes import byte_size
 from .capacity import kv_bytes_per_token, window_of
-from .hardware import Machine, byte_size
+from .hardware import Machine
 from .model_shapes import ModelLayout
 from .records import ResolvedShape, Workload
 from .sizing import Sizing

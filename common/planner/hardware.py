@@ -13,14 +13,6 @@ Runtime = Literal["tpu", "cuda", "cpu"]
 GIB = 2**30
 
 
-def byte_size(num_bytes: float) -> str:
-    """In the binary unit that suits it, to two places."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes / 2**10:.2f} KiB"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Devices of one kind on one host, as the runtime sees them."""

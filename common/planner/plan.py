@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..settings import MAX_IN_FLIGHT
+from ..sizes import byte_size
 from . import checks, rates
 from .capacity import (
     TPU_RESIDENT_SHARE,
@@ -19,7 +20,7 @@ from .capacity import (
     token_buckets,
     window_of,
 )
-from .hardware import Machine, byte_size
+from .hardware import Machine
 from .model_shapes import ModelLayout
 from .records import EngineShape, Figure, Plan, ResolvedShape, Workload
 from .sizing import Sizing, resolve

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ingestq.common.errors import SettingsError, UnknownMachine
 from ingestq.common.planner import capacity, rates
-from ingestq.common.planner.hardware import MACHINES, Machine, byte_size, for_engine, machine
+from ingestq.common.planner.hardware import MACHINES, Machine, for_engine, machine
 from ingestq.common.planner.model_layout import ModelLayout, load_layout, read_layout
 from ingestq.common.planner.records import EngineShape, Workload
 from ingestq.common.planner.sizing import Sizing, resolve
@@ -169,13 +169,6 @@ def test_an_engine_has_its_kv_cache_on_each_device_and_as_many_of_a_cpu_as_it_as
     assert for_engine(machine("h100-8"), None, 2**30).kv_cache_bytes == 8 * 2**30
     assert for_engine(machine("h100-8"), 2, None) == machine("h100-8")
     assert for_engine(machine("cpu"), 2, None).num_devices == 2
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "told"), [(0, "0.00 KiB"), (1536, "1.50 KiB"), (3 * 2**20, "3.00 MiB"), (63.28 * 2**30, "63.28 GiB")]
-)
-def test_a_size_is_told_in_the_unit_that_suits_it(num_bytes, told):
-    assert byte_size(num_bytes) == told
 
 
 GEMMA_3 = {

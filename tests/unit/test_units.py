@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestq.common.planner.plan import Figure
-from ingestq.producer.units import beside, byte_size, duration, rounded, shown
+from ingestq.common.sizes import byte_size
+from ingestq.producer.units import beside, duration, rounded, shown
 
 
 def figure(value=None, low=None, high=None, unit="", exact=True) -> Figure:
@@ -35,6 +36,13 @@ def test_a_number_has_three_digits(number, text):
     ("size", "text"), [(1000, "1,000 B"), (10_240, "10 KiB"), (100 * 2**20, "100 MiB"), (51.66 * 2**30, "51.7 GiB")]
 )
 def test_bytes_have_binary_units(size, text):
+    assert byte_size(size, rounded) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1536, "1.50 KiB"), (3 * 2**20, "3.00 MiB"), (63.28 * 2**30, "63.28 GiB")]
+)
+def test_bytes_in_a_sentence_have_two_places(size, text):
     assert byte_size(size) == text
 
 
