@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from ...common.embedded_server import EmbeddedServer
 from ...common.errors import IngestqError
 from ...common.limits import AdmissionLimits, write_limits
+from ...common.settings import MAX_IN_FLIGHT
 from .bench import Bench
 from .report import Report, Section, Verdict
 from .run import Run
@@ -30,17 +31,14 @@ from .run import Run
 # Where the embedded server's executable may be if the extra `embedded` isn't installed.
 _SERVERS = ("valkey-server", "redis-server")
 
-# The bound of INGEST_MAX_IN_FLIGHT.
-_MAX_LEVEL = 4096
-
 
 def _levels(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         levels = tuple(sorted({int(part) for part in value.split(",")}))
     except ValueError:
         raise click.BadParameter(f"{value!r}: numbers with commas between them, such as 128,256") from None
-    if not all(1 <= level <= _MAX_LEVEL for level in levels):
-        raise click.BadParameter(f"{value!r}: each level is 1 to {_MAX_LEVEL} documents (INGEST_MAX_IN_FLIGHT)")
+    if not all(1 <= level <= MAX_IN_FLIGHT for level in levels):
+        raise click.BadParameter(f"{value!r}: each level is 1 to {MAX_IN_FLIGHT} documents (INGEST_MAX_IN_FLIGHT)")
     return levels
 
 
