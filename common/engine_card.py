@@ -57,6 +57,8 @@ class EngineCard(BaseModel):
     # Since then: graphs that had to be compiled, and sequences that lost their KV blocks to others.
     recompiles: int | None = None
     num_preemptions: int | None = None
+    # Since then: share of the speculative tokens that were accepted, 0 to 1; None without speculation.
+    draft_acceptance: float | None = None
     # Seconds since the epoch by Redis' clock.
     published_at: float = 0.0
 

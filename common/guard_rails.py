@@ -233,7 +233,7 @@ def ask_for_speculation(args: Args, target: Target) -> Outcome:
         )
     return args, [
         f"{key}: method {method!r} runs without async scheduling, as asked; drop it if under 60 % of its tokens are "
-        f"accepted (vllm:spec_decode_num_accepted_tokens / vllm:spec_decode_num_draft_tokens)"
+        f"accepted (`ingestq status` says how many are)"
     ]
 
 

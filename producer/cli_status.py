@@ -32,6 +32,7 @@ _FOUND = {
     "decode_tokens_per_s": "decode {:.0f} tokens/s",
     "recompiles": "{} recompiles since it was ready",
     "num_preemptions": "{} preemptions",
+    "draft_acceptance": "{:.0%} of speculative tokens accepted",
 }
 
 

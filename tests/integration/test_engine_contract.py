@@ -232,7 +232,6 @@ class EngineContract:
         engine.generate(prompts_of(engine))
         after = engine.counters()
         assert after.num_preemptions >= before.num_preemptions
-        assert after.prefix_cache_queries >= before.prefix_cache_queries
         assert after.num_compilations == before.num_compilations == 0  # eager
         assert after.kv_usage == 0
 

@@ -270,9 +270,15 @@ def live_card(engine: SimulatedEngine, rates: Rates | None = RATES, **counters: 
 
 class CompilingEngine(SimulatedEngine):
     num_compilations: int | None = 7
+    num_draft_tokens = num_accepted_tokens = 0
 
     def counters(self) -> EngineCounters:
-        return replace(super().counters(), num_compilations=self.num_compilations)
+        return replace(
+            super().counters(),
+            num_compilations=self.num_compilations,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+        )
 
 
 @pytest.fixture
@@ -287,6 +293,14 @@ def test_a_card_counts_from_the_end_of_the_warm_up(compiling: CompilingEngine) -
     assert (now.num_preemptions, now.recompiles) == (3, 2)
     assert (now.kv_cache_dtype, now.num_kv_tokens, now.decode_tokens_per_s) == ("bfloat16", 16_000, 100.0)
     assert now.engine_digest == compiling.card.engine_digest
+
+
+def test_a_card_says_what_speculation_is_worth_since_the_warm_up(compiling: CompilingEngine) -> None:
+    card = live_card(compiling, num_compilations=7, num_draft_tokens=100, num_accepted_tokens=100)
+    compiling.num_draft_tokens, compiling.num_accepted_tokens = 100, 100
+    assert card().draft_acceptance is None
+    compiling.num_draft_tokens, compiling.num_accepted_tokens = 300, 150
+    assert card().draft_acceptance == 0.25
 
 
 def test_a_card_says_what_it_can_when_the_counters_cannot_be_read(
@@ -336,5 +350,6 @@ LATER = (
     "decode_tokens_per_s",
     "warmup_ms",
     "recompiles",
+    "draft_acceptance",
     "num_preemptions",
 )

@@ -85,8 +85,7 @@ class EngineCounters:
 
     # Sequences that lost their KV blocks to others and are computed again.
     num_preemptions: int = 0
-    # Prompt tokens looked up in the prefix cache, and found there.
-    prefix_cache_queries: int = 0
+    # Prompt tokens found in the prefix cache.
     prefix_cache_hits: int = 0
     # Speculative tokens proposed, and accepted.
     num_draft_tokens: int = 0

@@ -50,7 +50,6 @@ _SHRINKING = (" ", "\t", "\n", "\N{MATHEMATICAL BOLD CAPITAL A}", "\N{COMBINING 
 # vLLM's metrics (vllm/v1/metrics/loggers.py) and ours, one for each engine of the process.
 _COUNTED = {
     "vllm:num_preemptions": "num_preemptions",
-    "vllm:prefix_cache_queries": "prefix_cache_queries",
     "vllm:prefix_cache_hits": "prefix_cache_hits",
     "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
     "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
