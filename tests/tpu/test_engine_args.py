@@ -18,7 +18,7 @@ from ingestq.common.errors import SettingsError
 from ingestq.common.guard_rails import Target, apply_guard_rails
 from ingestq.common.planner import capacity
 from ingestq.common.planner.hardware import MACHINES
-from support.tiny_qwen3 import save_tokenizer
+from support.models import save_tokenizer
 
 TOP = Path(__file__).parents[2]
 SHIPPED = sorted((TOP / "deploy" / "engines").glob("v*e-*.yaml"))
