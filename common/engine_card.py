@@ -87,6 +87,6 @@ def live_cards(connection: Redis, queue: str) -> dict[str, EngineCard]:
             card = EngineCard.model_validate_json(value)
         except ValidationError:
             continue
-        if seconds - card.published_at <= CARD_TTL:
+        if abs(seconds - card.published_at) <= CARD_TTL:
             cards[worker.decode(errors="replace")] = card
     return cards

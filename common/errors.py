@@ -121,6 +121,10 @@ class PromptTooLong(DocumentError):
     """Prompt plus output don't fit the model's context."""
 
 
+class KvLimitExceeded(DocumentError):
+    """The document alone needs more KV cache than the admission limits leave to one engine."""
+
+
 class PromptEmpty(DocumentError):
     """The prompt has no tokens."""
 

@@ -8,13 +8,11 @@
 -- each time).
 local prefix, group, iso, ttl = ARGV[1], ARGV[2], ARGV[5], ARGV[6]
 local members = redis.call('ZRANGE', KEYS[1], ARGV[3], ARGV[4])
-local cancelled, left, terminal = 0, 0, 0
+local cancelled, left, terminal, totals = 0, 0, 0, {}
 
 local function end_job(key, id, queue_name)
   for _, execution in ipairs(redis.pcall('ZRANGE', prefix .. ':executions:' .. id, 0, -1)) do
-    local lease = id .. ':' .. execution
-    local worker = redis.call('HGET', prefix .. ':execution:' .. lease, 'worker_name')
-    drop_lease(prefix, prefix .. ':wip:' .. queue_name, lease, worker)
+    drop_lease(prefix, queue_name, id .. ':' .. execution, nil, totals)
   end
   redis.call('ZREM', prefix .. ':scheduled:' .. queue_name, id)
   redis.call('HSET', key, 'status', 'canceled', 'ended_at', iso)
@@ -44,5 +42,6 @@ for _, member in ipairs(members) do
     terminal = terminal + 1
   end
 end
+settle(prefix, totals)
 redis.call('EXPIRE', KEYS[2], math.max(redis.call('TTL', KEYS[1]), 1))  -- it may be new
 return {#members, cancelled, left, terminal}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Registers a worker under its name, unless a live one has it.
--- KEYS 1 the worker, 2 all workers, 3 the queue's workers
+-- KEYS 1 the worker, 2 all workers, then the workers of each of its queues
 -- ARGV 1 incarnation, 2 incarnation of a former holder of the name that is known to be dead, or '', 3 lease ttl (s),
 --      4 worker ttl (s), then RQ's fields and values
 -- Returns { 1 } or { 0, seconds until the name is free if its holder is dead }.
@@ -16,6 +16,5 @@ redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'alive_until', now + tonumber(ARGV[3]))
 redis.call('EXPIRE', KEYS[1], ARGV[4])
-redis.call('SADD', KEYS[2], KEYS[1])
-redis.call('SADD', KEYS[3], KEYS[1])
+for k = 2, #KEYS do redis.call('SADD', KEYS[k], KEYS[1]) end
 return {1}

@@ -1,13 +1,15 @@
 #!lua
 -- Puts a chunk of jobs into the queue and into a group, each job once.
--- KEYS 1 queue, 2 queues; with a group: 3 group, 4 group members, 5 group done
+-- KEYS 1 the queue's list or its tenant's, 2 queues; with a group: 3 group, 4 group members, 5 group done
 -- ARGV 1 key prefix, 2 queue name, 3 group id or '', 4 group ttl (s), 5 now (ISO, for display),
 --      6 result ttl (s), 7 failure ttl (s), 8 retries or '', 9 retry intervals (JSON) or '', 10 '1': retry at the front,
---      then per job: id, data, document id, model
+--      11 tenant or '', then per job: id, data, document id, model, prompt tokens (0: not known), output tokens at most
+--      (0: not known), task or ''
 -- Returns one number a job: 1 enqueued, 2 was already there (queued, scheduled or running), 3 was already finished.
 -- A job's field `groups` names who holds it: groups, and '(lone)' (no group can be called that) for whoever submitted
 -- it outside of any. A job without the field is a plain RQ client's, which holds it alone.
 local prefix, queue_name, group, group_ttl, iso = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local tenant = ARGV[11]
 local lone = '(lone)'
 local holder = group ~= '' and group or lone
 local now, outcome, models, members = now_ms(), {}, {}, {}
@@ -27,6 +29,19 @@ local function with_holder(groups)
   return others == '' and holder or others .. ' ' .. holder
 end
 
+-- What is known of a job's needs, and its tenant: fields and values.
+local function known_of(i)
+  local known = {}
+  local function note(name, value)
+    if value ~= '' and value ~= '0' then known[#known + 1] = name; known[#known + 1] = value end
+  end
+  note('tokens', ARGV[i + 4])
+  note('max_tokens', ARGV[i + 5])
+  note('task', ARGV[i + 6])
+  note('tenant', tenant)
+  return known
+end
+
 redis.call('LLEN', KEYS[1])  -- an error, if it is no list, before anything is written
 if group ~= '' then
   if redis.call('HSETNX', KEYS[3], 'created_ms', now) == 1 then
@@ -34,7 +49,7 @@ if group ~= '' then
   end
   rank = tonumber(redis.call('HGET', KEYS[3], 'next_rank') or 0)
 end
-for i = 11, #ARGV, 4 do
+for i = 12, #ARGV, 7 do
   local id, data, document, model = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local key, results = prefix .. ':job:' .. id, prefix .. ':results:' .. id
   local seen = read(key, 'status', 'groups', 'origin')
@@ -67,13 +82,17 @@ for i = 11, #ARGV, 4 do
     redis.call('RPUSH', KEYS[1], id)
     redis.call('HSET', key, 'data', data, 'status', 'queued', 'origin', queue_name, 'description', document,
       'created_at', iso, 'enqueued_at', iso, 'enqueued_ms', now, 'model', model,
-      'result_ttl', ARGV[6], 'failure_ttl', ARGV[7], 'groups', status and with_holder(seen[2] or '') or holder)
+      'result_ttl', ARGV[6], 'failure_ttl', ARGV[7], 'groups', status and with_holder(seen[2] or '') or holder,
+      unpack(known_of(i)))
     if ARGV[8] ~= '' then redis.call('HSET', key, 'retries_left', ARGV[8], 'retry_intervals', ARGV[9]) end
     if ARGV[10] == '1' then redis.call('HSET', key, 'enqueue_at_front_on_retry', 1) end
     models[model] = true
   end
 end
-if next(models) then redis.call('SADD', KEYS[2], KEYS[1]) end
+if next(models) then
+  redis.call('SADD', KEYS[2], KEYS[1])
+  if tenant ~= '' then join(prefix, queue_name, tenant) end
+end
 for model in pairs(models) do wake(prefix, queue_name, model) end
 if group ~= '' then
   redis.call('ZADD', KEYS[4], 'NX', unpack(members))

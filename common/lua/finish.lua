@@ -4,11 +4,12 @@
 -- ARGV 1 key prefix, 2 queue name, 3 worker, 4 model, 5 now (ISO), 6 the payload of a finished job,
 --      then per lease: id, execution, kind, ttl (s, -1: for ever), return value (base64), exception (base64, zlib), leased (ms)
 --      kind: S succeeded, F failed (RQ's Retry applies), P failed for good, X stopped
+-- A job that will be retried goes into its tenant's list; that key, and those of the jobs, are made here.
 -- Returns one word a lease: finished, failed, stopped, scheduled, queued (it will be retried), written (by this very
 -- lease, before: the answer was lost), or fenced.
 local prefix, queue_name, worker, model, iso, stub = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local now = now_ms()
-local outcome, known_groups, succeeded, failed, worked = {}, {}, 0, 0, 0
+local outcome, known_groups, totals, succeeded, failed, worked = {}, {}, {}, 0, 0, 0
 
 -- As the producer bounds them; of a plain RQ client there may be any number, all of them at once.
 local MAX_RETRIES = 1000
@@ -45,11 +46,12 @@ for i = 7, #ARGV, 7 do
   local value, exception, leased = ARGV[i + 4], ARGV[i + 5], tonumber(ARGV[i + 6])
   local key, results = prefix .. ':job:' .. id, prefix .. ':results:' .. id
   local word = 'fenced'
-  if drop_lease(prefix, KEYS[2], id .. ':' .. execution, worker) == 0 then
+  local held = drop_lease(prefix, queue_name, id .. ':' .. execution, worker, totals)
+  local f = held == 1 and read(key, 'status', 'groups', 'tenant', 'enqueue_at_front_on_retry') or {}
+  if held == 0 then
     if is_written(results, execution) then word = 'written' end
-  elseif read(key, 'status')[1] == 'started' then
+  elseif f[1] == 'started' then
     worked = worked + (now - leased) / 1000
-    local groups = redis.call('HGET', key, 'groups')
     if kind == 'S' then
       word, succeeded = 'finished', succeeded + 1
       if ttl == 0 then
@@ -69,7 +71,7 @@ for i = 7, #ARGV, 7 do
       elseif wait then
         word = 'queued'
         redis.call('HSET', key, 'status', 'queued', 'enqueued_at', iso)
-        redis.call(redis.call('HGET', key, 'enqueue_at_front_on_retry') == '1' and 'LPUSH' or 'RPUSH', KEYS[1], id)
+        requeue(prefix, queue_name, f[3], id, f[4] == '1' and 'LPUSH' or 'RPUSH')
       else
         word = kind == 'X' and 'stopped' or 'failed'
         redis.call('HSET', key, 'status', word, 'ended_at', iso, 'last_heartbeat', iso)
@@ -77,15 +79,16 @@ for i = 7, #ARGV, 7 do
         redis.call('ZADD', KEYS[4], expire(ttl, now / 1000, key, results), id)
       end
     end
-    if word ~= 'scheduled' and word ~= 'queued' then announce(prefix, groups, id, known_groups) end
+    if word ~= 'scheduled' and word ~= 'queued' then announce(prefix, f[2], id, known_groups) end
   end
   outcome[#outcome + 1] = word
 end
+settle(prefix, totals)
 if read(KEYS[6], 'birth')[1] then
   if succeeded > 0 then redis.pcall('HINCRBY', KEYS[6], 'successful_job_count', succeeded) end
   if failed > 0 then redis.pcall('HINCRBY', KEYS[6], 'failed_job_count', failed) end
   redis.pcall('HINCRBYFLOAT', KEYS[6], 'total_working_time', worked)
 end
--- Room under a fleet-wide cap may be what an idle worker waits for.
-if redis.call('LLEN', KEYS[1]) > 0 then wake(prefix, queue_name, model) end
+-- Room under a fleet-wide limit may be what an idle worker waits for.
+if has_backlog(prefix, queue_name) then wake(prefix, queue_name, model) end
 return outcome

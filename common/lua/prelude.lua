@@ -52,17 +52,103 @@ local function ttl_of(raw, default)
   return math.max(-1, math.min(math.floor(ttl), 315360000))
 end
 
--- Removes every trace of a lease. Returns 1 if it was held, 0 if it had been lost: this ZREM is the fence.
-local function drop_lease(prefix, started, member, worker)
-  local held = redis.call('ZREM', started, member)
+-- Adds KV tokens to a total that `settle` writes once a script call. `fields`: "queue:Q" or "worker:W" -> tokens.
+local function add(fields, field, tokens)
+  fields[field] = (fields[field] or 0) + tokens
+end
+
+-- Adds to the totals of what leases reserve. One that would fall below zero has drifted: recount.lua sets it right.
+local function settle(prefix, fields)
+  local key = prefix .. ':ingest:kv_tokens'
+  for field, tokens in pairs(fields) do
+    local total = tokens ~= 0 and redis.pcall('HINCRBY', key, field, tokens)
+    if type(total) == 'table' then  -- whatever somebody wrote there
+      heal(key, 'hash')
+      redis.call('HSET', key, field, math.max(tokens, 0))
+      total = tokens
+    end
+    if total and total <= 0 then redis.call('HDEL', key, field) end
+  end
+end
+
+-- Removes every trace of a lease, and takes what it reserved off `totals`, for `settle`. `worker`: where the caller knows
+-- who holds it. Returns 1 if it was held, 0 if it had been lost (this ZREM is the fence), and what it was: worker,
+-- KV tokens, the tenant that they were charged to (false: none was).
+local function drop_lease(prefix, queue_name, member, worker, totals)
+  local record = prefix .. ':execution:' .. member
+  local f = read(record, 'worker_name', 'kv_tokens', 'tenant')
+  local lease = {worker = worker or f[1], kv_tokens = count_of(f[2]), tenant = f[3]}
+  local held = redis.call('ZREM', prefix .. ':wip:' .. queue_name, member)
   if held == 1 then
-    redis.call('DEL', prefix .. ':execution:' .. member, prefix .. ':executions:' .. job_of(member))
+    redis.call('DEL', record, prefix .. ':executions:' .. job_of(member))
+    if lease.kv_tokens > 0 then
+      add(totals, 'queue:' .. queue_name, -lease.kv_tokens)
+      add(totals, 'worker:' .. (f[1] or ''), -lease.kv_tokens)
+    end
   else  -- another lease of the job may be in those records
-    redis.call('DEL', prefix .. ':execution:' .. member)
+    redis.call('DEL', record)
     redis.pcall('ZREM', prefix .. ':executions:' .. job_of(member), execution_of(member))
   end
-  if worker then redis.call('SREM', prefix .. ':worker:' .. worker .. ':executions', member) end
-  return held
+  if lease.worker then redis.call('SREM', prefix .. ':worker:' .. lease.worker .. ':executions', member) end
+  return held, lease
+end
+
+-- A tenant's name, '' where there is none or it can't be one: see check_name in producer/group.py.
+local function tenant_of(raw)
+  return raw and #raw <= 128 and string.match(raw, '^[%w_.:-]+$') or ''
+end
+
+-- The waiting list of a tenant; '' is whoever names none, and the queue's own list.
+local function list_of(prefix, queue_name, tenant)
+  return prefix .. ':queue:' .. queue_name .. (tenant == '' and '' or '@' .. tenant)
+end
+
+-- Lets a tenant take part in the fair share: beside the one that was served least, so that nobody has saved up turns
+-- while nothing of theirs waited. (One that is still there keeps its score: it was ahead when its list ran empty.)
+local function join(prefix, queue_name, tenant)
+  local key = prefix .. ':ingest:tenants:' .. queue_name
+  local least = redis.pcall('ZRANGE', key, 0, 0, 'WITHSCORES')
+  if least.err then redis.call('DEL', key) end  -- whatever somebody put there
+  redis.call('ZADD', key, 'NX', least[2] or 0, tenant)
+  redis.call('SADD', prefix .. ':queues', list_of(prefix, queue_name, tenant))  -- for `rq info`
+end
+
+-- Adds to what a tenant was served, as long as it takes part.
+local function charge(prefix, queue_name, tenant, kv_tokens)
+  if tenant and kv_tokens ~= 0 then
+    redis.pcall('ZADD', prefix .. ':ingest:tenants:' .. queue_name, 'XX', 'INCR', kv_tokens, tenant)
+  end
+end
+
+-- Puts a job back into its tenant's list. `push`: LPUSH (front), RPUSH (back). `raw`: the job's field.
+local function requeue(prefix, queue_name, raw, id, push)
+  local tenant = tenant_of(raw)
+  local list = list_of(prefix, queue_name, tenant)
+  if tenant ~= '' then heal(list, 'list') end  -- the queue's own: its caller has seen to it, once
+  redis.call(push, list, id)
+  if tenant ~= '' then join(prefix, queue_name, tenant) end
+end
+
+-- Whether anything waits in the queue, whoever's it is.
+local function has_backlog(prefix, queue_name)
+  return redis.call('EXISTS', prefix .. ':queue:' .. queue_name, prefix .. ':ingest:tenants:' .. queue_name) > 0
+end
+
+-- A total from the hash of reservations.
+local function total_of(raw)
+  return tonumber(raw or 0) or 0
+end
+
+-- A limit as read_limits in limits.py reads it; nil: none.
+local function limit_of(raw)
+  return raw and string.match(raw, '^%d+$') and tonumber(raw) or nil
+end
+
+-- The smaller of two bounds, either of which may be missing: the worker's (a number, 0 for none) and the queue's.
+local function tighter(own, limit)
+  own, limit = tonumber(own), limit_of(limit)
+  if own == 0 then return limit or math.huge end
+  return math.min(own, limit or math.huge)
 end
 
 -- Gives a job and its results `ttl` seconds to live, -1 for ever; returns the score of the registry that it goes to.

@@ -19,7 +19,7 @@ from rq.command import send_shutdown_command, send_stop_job_command
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import DEFAULT_OPTIONS, EmbeddedServer
 from ingestq.common.errors import ServerStartError
-from ingestq.common.limits import AdmissionLimits, write_limits
+from ingestq.common.limits import AdmissionLimits, read_limits, update_limits, write_limits
 from ingestq.producer import IngestQueue, Settings, iter_results
 from support.hand_worker import finish, lease, request
 from support.jobs import QUEUE, put, rq_job, statuses
@@ -210,7 +210,55 @@ def test_a_reader_looks_into_failures_and_an_operator_tries_again(secured: Secur
     assert statuses(worker, [job_id]) == ["queued"]
 
 
+def test_a_producers_documents_take_their_tenants_turn(secured: SecuredServer) -> None:
+    producer, worker = secured.client(PRODUCER), secured.client(WORKER)
+    for tenant in ("a", "b", ""):
+        put(producer, [simulated_request(number) for number in range(2)], tenant=tenant, group_id="g")
+    reply = scripts.lease(
+        worker,
+        QUEUE,
+        worker="w",
+        model="sim",
+        admission=scripts.Admission(documents=1, max_kv_tokens=10_000, max_kv_tokens_fleet=10_000, block_size=16),
+        lease_ttl=60.0,
+        call_id="0" * 14,
+    )
+    assert [job.tenant for job in reply.jobs] == ["a"]
+    assert int(worker.hget(keys.kv_tokens(), "worker:w") or 0) == reply.jobs[0].kv_tokens > 0
+    assert scripts.cancel(producer, "g", first=0, ttl=60)[1] == 2
+    assert not worker.exists(keys.kv_tokens()), "what the cancelled one had reserved is free"
+    assert refusals(secured) == []
+
+
+def test_a_worker_keeps_the_accounts(secured: SecuredServer) -> None:
+    worker = secured.client(WORKER)
+    put(secured.client(PRODUCER), [request("a")], tenant="t")
+    (job,) = lease(worker)
+    need = scripts.Need(job.member, 1, 8, 9)
+    assert scripts.reserve(worker, QUEUE, worker="hand", admission=scripts.Admission(documents=0), needs=[need]) == [
+        "granted"
+    ]
+    assert scripts.recount(worker, QUEUE).kv_tokens_counted == 9
+    scripts.learn(worker, QUEUE, {"ab": {1: 1}})
+    scripts.hand_back(worker, QUEUE, members=[job.member], failure_ttl=60)
+    assert refusals(secured) == []
+
+
+def test_a_reader_sees_what_is_in_flight_against_which_limit(secured: SecuredServer) -> None:
+    put(secured.client(PRODUCER), [request("a")], tenant="t")
+    lease(secured.client(WORKER))
+    reader = secured.client(READER)
+    assert read_limits(reader, QUEUE) == AdmissionLimits()
+    assert reader.hgetall(keys.kv_tokens())
+    for key in (keys.loads(QUEUE), keys.lengths(QUEUE)):
+        assert reader.hgetall(key) == {}
+    assert reader.zrange(keys.tenants(QUEUE), 0, -1, withscores=True) == []
+    assert reader.lpos(keys.queue(QUEUE, "t"), "x") is None
+    assert refusals(secured) == []
+
+
 def test_an_operator_sets_the_limits(secured: SecuredServer) -> None:
+    update_limits(secured.client(OPERATOR), QUEUE, {"max_kv_tokens": 5, "max_in_flight": None})
     write_limits(secured.client(OPERATOR), QUEUE, AdmissionLimits(max_in_flight_fleet=0))
     put(secured.client(OPERATOR), [simulated_request(1)])
     assert (
@@ -219,9 +267,8 @@ def test_an_operator_sets_the_limits(secured: SecuredServer) -> None:
             QUEUE,
             worker="w",
             model="sim",
-            want=1,
+            admission=scripts.Admission(documents=1),
             lease_ttl=60.0,
-            max_in_flight_fleet=0,
             call_id="0" * 14,
         ).gate
         == "fleet"
@@ -289,6 +336,11 @@ DENIED = {
         "HSET rq:ingest:limits:ingest max_in_flight 0",
         "HSET rq:ingest:engines:ingest w {}",
         "HSET rq:ingest:machines:ingest m {}",
+        "HSET rq:ingest:kv_tokens queue:ingest 0",
+        "DEL rq:ingest:kv_tokens",
+        "HSET rq:ingest:loads:ingest w {}",
+        "HSET rq:ingest:lengths:ingest ab:1 1",
+        "ZREM rq:ingest:tenants:ingest t",
         "ZADD rq:wip:ingest 1 x:y",
         "ZADD rq:finished:ingest 1 x",
         "ZADD rq:failed:ingest 1 x",
@@ -323,6 +375,10 @@ DENIED = {
         "LPOP rq:queue:ingest",
         "LPUSH rq:queue:ingest x",
         "SET rq:suspended 1",
+        "HSET rq:ingest:limits:ingest max_in_flight 0",
+        "HSET rq:ingest:loads:ingest w {}",
+        "HINCRBY rq:ingest:kv_tokens queue:ingest 1",
+        "ZADD rq:ingest:tenants:ingest 1 t",
         "ZADD rq:finished:ingest 1 x",
         "EVAL return{} 0",
         "EVAL return{} 1 rq:job:x",

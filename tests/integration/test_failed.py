@@ -134,7 +134,7 @@ def test_a_job_of_a_plain_rq_client_is_listed_without_its_text(queue: IngestQueu
     """RQ's description of it is the whole call."""
     plain = {"document_id": "p", "text": "a secret text", "model": "m"}
     job = Queue("ingest", connection=redis, serializer=JSONSerializer).enqueue("ingestq.ingest", plain)
-    scripts.adopt(redis, "ingest", [(job.id, "m", 1)])
+    scripts.adopt(redis, "ingest", [scripts.JobNeeds(job.id, "m", 1)])
     lose_worker(redis, max_crashes=1)
 
     assert names(queue) == ["p"]

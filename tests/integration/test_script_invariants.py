@@ -1,10 +1,12 @@
-"""The Lua scripts against a model of them: whatever happens in whatever order, no document is lost or in two places.
+"""The Lua scripts against a model of them: whatever happens in whatever order, no document is lost or in two places,
+no limit is overshot, and no reservation outlives its lease.
 
 `PROPERTY_ROUNDS=n` searches n times as long, from random seeds: see support/properties.py.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,20 +26,26 @@ from rq.registry import FailedJobRegistry
 from ingestq.common import keys, payload, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.limits import AdmissionLimits, write_limits
-from ingestq.common.scripts import EnqueueOptions, Finish, LeasedJob, NewJob
+from ingestq.common.scripts import Admission, EnqueueOptions, Finish, JobNeeds, LeasedJob, Need, NewJob
 from ingestq.common.serializer import OrjsonSerializer
-from ingestq.workers.drain import DrainController, companies
+from ingestq.workers.drain import DrainBounds, DrainController, companies
 from ingestq.workers.prompts import needs_of
 from support.jobs import QUEUE, put, request, statuses
 from support.properties import ROUNDS, bounded
 
 # What `drain.companies` makes of them: a document with one crash runs among two, with two alone.
 IN_FLIGHT, MAX_CRASHES = 4, 3
-CONTROLLER = DrainController(max_in_flight=IN_FLIGHT, companies=companies(IN_FLIGHT, MAX_CRASHES))
+CONTROLLER = DrainController(
+    DrainBounds(max_in_flight=IN_FLIGHT, max_num_seqs=IN_FLIGHT), companies=companies(IN_FLIGHT, MAX_CRASHES)
+)
+
+# Tokens: of a KV block, of an output at most, and what the outputs of every other document's task are expected to have.
+BLOCK, MAX_TOKENS, EXPECTED = 4, 10, {"short": 3}
 
 WORKERS = ("w1", "w2", "w3")
 MODELS = ("m1", "m2")
 GROUPS = ("g1", "g2")
+TENANTS = ("t1", "t2")
 LIVE = ("queued", "started", "scheduled")
 # Statuses under which RQ, and so `failed`, keeps a document in its FailedJobRegistry.
 DEAD = ("failed", "stopped")
@@ -75,8 +83,16 @@ class Document:
     plain: bool = False
     # Its hash says who holds it; a plain RQ client's doesn't.
     grouped: bool = True
-    # Its id may be in the queue's list more than once, or without being queued.
+    # Its id may be in the queue's lists more than once, or without being queued.
     strays: bool = False
+    tenant: str = ""
+    # The list that it waits in: its tenant's, unless RQ put it back.
+    place: str = ""
+    # Of its prompt, as far as is known.
+    tokens: int = 0
+    exact: bool = False
+    # That its lease has.
+    kv_tokens: int = 0
 
 
 def document_id(number: int) -> str:
@@ -85,6 +101,20 @@ def document_id(number: int) -> str:
 
 def model_of(job_id: str) -> str:
     return MODELS[int(job_id[1:]) % 3 == 0]
+
+
+def task_of(job_id: str) -> str:
+    return "short" if int(job_id[1:]) % 2 else ""
+
+
+def tokens_of(job_id: str) -> int:
+    """As the producer estimates them."""
+    return 1 + 5 * int(job_id[1:])
+
+
+def need_of(job_id: str, tokens: int) -> int:
+    """KV tokens of a document, in whole blocks."""
+    return math.ceil((tokens + EXPECTED.get(task_of(job_id), MAX_TOKENS)) / BLOCK) * BLOCK
 
 
 def request_of(job_id: str) -> dict[str, Any]:
@@ -100,6 +130,8 @@ WANT = st.sampled_from([4, 3, 2, 1])
 KIND = st.sampled_from("FSFPX")
 WORKER = st.sampled_from(WORKERS)
 LIMIT = st.sampled_from([None, None, 0, 1, 2, 3])
+KV_LIMIT = st.sampled_from([None, None, None, 0, 20, 44, 90])
+TENANT = st.sampled_from(["", "", *TENANTS])
 
 
 class Scripts(RuleBasedStateMachine):
@@ -119,9 +151,11 @@ class Scripts(RuleBasedStateMachine):
         self.incarnations: dict[str, str] = {}
         self.dead: set[str] = set()
         self.limits = AdmissionLimits()
+        # Field of the totals -> what stock tools left there, until they are counted anew.
+        self.leaked: Counter[str] = Counter()
         self.calls = 0
-        self.enqueue(["d0", "d1", "d2", "d3"], "g1", "[60, 0]", 2, False, 600)
-        self.enqueue(["d3", "d4", "d5", "d6"], "", None, 1, False, -1)
+        self.enqueue(["d0", "d1", "d2", "d3"], "g1", "[60, 0]", 2, False, 600, "")
+        self.enqueue(["d3", "d4", "d5", "d6"], "", None, 1, False, -1, "t1")
 
     # --- the producer
 
@@ -132,12 +166,21 @@ class Scripts(RuleBasedStateMachine):
         retries=st.integers(1, 2),
         at_front=st.booleans(),
         failure_ttl=TTL,
+        tenant=TENANT,
     )
     def enqueue(
-        self, names: list[str], group: str, intervals: str | None, retries: int, at_front: bool, failure_ttl: int
+        self,
+        names: list[str],
+        group: str,
+        intervals: str | None,
+        retries: int,
+        at_front: bool,
+        failure_ttl: int,
+        tenant: str,
     ) -> None:
         options = EnqueueOptions(
             group_id=group,
+            tenant=tenant,
             group_ttl=3600,
             result_ttl=3600,
             failure_ttl=failure_ttl,
@@ -151,6 +194,9 @@ class Scripts(RuleBasedStateMachine):
                 data=payload.encode(str(request_of(name)).replace("'", '"').encode()),
                 document_id=name,
                 model=model_of(name),
+                tokens=tokens_of(name),
+                max_tokens=MAX_TOKENS,
+                task=task_of(name),
             )
             for name in names
         ]
@@ -176,6 +222,9 @@ class Scripts(RuleBasedStateMachine):
             intervals=[int(part) for part in options.retry_intervals_json.strip("[]").split(",") if part],
             failure_ttl=options.failure_ttl,
             strays=document.strays,
+            tenant=options.tenant,
+            place=options.tenant,
+            tokens=tokens_of(name),
         )
         return 1
 
@@ -215,50 +264,95 @@ class Scripts(RuleBasedStateMachine):
 
     # --- a worker
 
-    @rule(max_in_flight=LIMIT, max_in_flight_fleet=LIMIT)
-    def limit(self, max_in_flight: int | None, max_in_flight_fleet: int | None) -> None:
-        self.limits = AdmissionLimits(max_in_flight=max_in_flight, max_in_flight_fleet=max_in_flight_fleet)
+    @rule(max_in_flight=LIMIT, max_in_flight_fleet=LIMIT, max_kv_tokens=KV_LIMIT, max_kv_tokens_fleet=KV_LIMIT)
+    def limit(self, **limits: int | None) -> None:
+        self.limits = AdmissionLimits(**limits)
         write_limits(self.redis, QUEUE, self.limits)
 
-    @rule(worker=WORKER, model=MODEL, want=WANT, fleet=st.sampled_from([0, 0, 3]))
-    def lease(self, worker: str, model: str, want: int, fleet: int) -> None:
+    @rule(
+        worker=WORKER,
+        model=MODEL,
+        want=WANT,
+        fleet=st.sampled_from([0, 0, 3]),
+        kv_tokens=st.sampled_from([0, 0, 40, 80]),
+        kv_tokens_fleet=st.sampled_from([0, 0, 60]),
+        prompt_tokens=st.sampled_from([None, None, 0, 30]),
+    )
+    def lease(
+        self,
+        worker: str,
+        model: str,
+        want: int,
+        fleet: int,
+        kv_tokens: int,
+        kv_tokens_fleet: int,
+        prompt_tokens: int | None,
+    ) -> None:
         held = self.held(worker)
-        room = CONTROLLER.admit(in_flight=len(held), jobs_left=want)
+        room = min(IN_FLIGHT - len(held), want)
         if not room:
             return
-        before = self.redis.lrange(keys.queue(QUEUE), 0, -1)
+        admission = Admission(
+            documents=room,
+            prompt_tokens=prompt_tokens,
+            max_kv_tokens=kv_tokens,
+            max_kv_tokens_fleet=kv_tokens_fleet,
+            max_in_flight_fleet=fleet,
+            block_size=BLOCK,
+            expected_output=EXPECTED,
+        )
+        before = {tenant: self.redis.lrange(keys.queue(QUEUE, tenant), 0, -1) for tenant in ("", *TENANTS)}
         self.calls += 1
         reply = scripts.lease(
             self.redis,
             QUEUE,
             worker=worker,
             model=model,
-            want=room,
+            admission=admission,
             lease_ttl=60.0,
-            max_in_flight_fleet=fleet,
             call_id=f"{self.calls:014x}",
             company=CONTROLLER.company(self.documents[name].crashes for name in held),
             companies=CONTROLLER.companies,
         )
+        places = {
+            job.job_id: self.documents[job.job_id].place for job in reply.jobs if not self.documents[job.job_id].strays
+        }
         for job in reply.jobs:
-            self._leased(job, worker, model)
+            self._leased(job, worker, model, admission)
         assert len(reply.jobs) <= room
+        assert reply.limits == self.limits
         if reply.jobs:
             self._check_limits(worker, fleet)
-        order = [before.index(job.job_id.encode()) for job in reply.jobs]
-        assert order == sorted(order), "leased in the queue's order"
+            self._check_kv_limits(worker, admission, reply.jobs)
+            self._check_prompt_tokens(admission, reply.jobs)
+        for tenant, ids in before.items():
+            order = [ids.index(job.job_id.encode()) for job in reply.jobs if places.get(job.job_id) == tenant]
+            assert order == sorted(order), "leased in each list's order"
         if reply.gate == "open" and len(reply.jobs) < room:
             passed_over = [name for name, other in self.documents.items() if other.status == "queued"]
             assert all(model_of(name) != model or self.documents[name].plain for name in passed_over)
         if reply.unknown:
-            scripts.adopt(self.redis, QUEUE, [(name, *needs_of(data)) for name, data in reply.unknown])
-            for name, _ in reply.unknown:
+            needs = [
+                JobNeeds(name, *needs_of(data), tokens_of(name), MAX_TOKENS, task_of(name))
+                for name, data in dict(reply.unknown).items()  # a stray is another copy
+            ]
+            scripts.adopt(self.redis, QUEUE, needs)
+            for name, *_ in needs:
                 assert self.documents[name].plain
                 self.documents[name].plain = False
+                self.documents[name].tokens = tokens_of(name)
 
-    def _leased(self, job: LeasedJob, worker: str, model: str) -> None:
+    def _leased(self, job: LeasedJob, worker: str, model: str, admission: Admission) -> None:
         document = self.documents[job.job_id]
         assert document.status == "queued"
+        assert (job.tenant, job.task, job.max_tokens) == (document.tenant, task_of(job.job_id), MAX_TOKENS)
+        assert job.tokens == document.tokens
+        need, whole = need_of(job.job_id, document.tokens), min(self._kv_bounds(admission))
+        if need <= whole:
+            assert job.kv_tokens == need
+        else:
+            assert job.kv_tokens == 0 if document.exact else BLOCK <= job.kv_tokens <= min(need, whole)
+        document.kv_tokens = job.kv_tokens
         assert model_of(job.job_id) == model
         if document.fresh:
             document.attempts = document.crashes = 0
@@ -277,14 +371,76 @@ class Scripts(RuleBasedStateMachine):
         assert self.limits.max_in_flight_fleet is None or len(running) <= self.limits.max_in_flight_fleet
         assert fleet == 0 or len(running) <= fleet
 
+    def _kv_bounds(self, admission: Admission) -> tuple[float, float]:
+        """What the worker and what the fleet may have reserved."""
+        own, fleet = self.limits.max_kv_tokens, self.limits.max_kv_tokens_fleet
+        return (
+            min(admission.max_kv_tokens or math.inf, math.inf if own is None else own),
+            min(admission.max_kv_tokens_fleet or math.inf, math.inf if fleet is None else fleet),
+        )
+
+    def _check_kv_limits(self, worker: str, admission: Admission, jobs: Sequence[LeasedJob]) -> None:
+        """What is beyond a whole limit is leased to be failed, whatever there is room for."""
+        own, fleet = self._kv_bounds(admission)
+        if any(job.kv_tokens for job in jobs):
+            assert self._totals()[f"worker:{worker}"] <= own
+            assert self._totals()[f"queue:{QUEUE}"] <= fleet
+
+    @staticmethod
+    def _check_prompt_tokens(admission: Admission, jobs: Sequence[LeasedJob]) -> None:
+        if admission.prompt_tokens is not None and len(jobs) > 1:
+            assert sum(job.tokens for job in jobs) <= max(admission.prompt_tokens, jobs[0].tokens)
+
+    @rule(worker=WORKER, indices=INDICES, tokens=st.integers(1, 60), own=st.sampled_from([0, 60]))
+    def reserve(self, worker: str, indices: list[int], tokens: int, own: int) -> None:
+        """Of current leases, and of those that were lost or have ended."""
+        jobs = self._pick(self._all(worker), indices)
+        if not jobs:
+            return
+        admission = Admission(documents=0, max_kv_tokens=own)
+        needs = [Need(job.member, tokens, MAX_TOKENS, need_of(job.job_id, tokens)) for job in jobs]
+        answers = scripts.reserve(self.redis, QUEUE, worker=worker, admission=admission, needs=needs)
+        for job, need, answer in zip(jobs, needs, answers, strict=True):
+            document = self.documents[job.job_id]
+            if document.execution != job.execution_id:
+                assert answer == "lost"
+                continue
+            document.tokens, document.exact = tokens, True
+            more = need.kv_tokens - document.kv_tokens
+            rooms = [
+                bound - self._totals()[field]
+                for bound, field in zip(self._kv_bounds(admission), (f"worker:{worker}", f"queue:{QUEUE}"), strict=True)
+            ]
+            assert answer == ("granted" if more <= 0 or more <= min(rooms) else "denied")
+            if answer == "granted":
+                document.kv_tokens = need.kv_tokens
+
+    @rule()
+    def recount(self) -> None:
+        held = self._totals()[f"queue:{QUEUE}"]
+        self.leaked.clear()
+        found = scripts.recount(self.redis, QUEUE)
+        assert found.kv_tokens_held == held
+        assert found.kv_tokens_counted == self._totals()[f"queue:{QUEUE}"]
+        assert found.num_leases == len(self._in("started"))
+
+    def _totals(self) -> Counter[str]:
+        """What stands reserved by queue and worker."""
+        totals = Counter(self.leaked)
+        for worker in WORKERS:
+            for job in self._current(worker):
+                kv_tokens = self.documents[job.job_id].kv_tokens
+                totals.update({f"queue:{QUEUE}": kv_tokens, f"worker:{worker}": kv_tokens})
+        return totals
+
     @rule(worker=WORKER, model=MODEL, want=WANT, kind=KIND, ttl=TTL)
     def run(self, worker: str, model: str, want: int, kind: Any, ttl: int) -> None:
-        self.lease(worker, model, want, 0)
+        self.lease(worker, model, want, 0, 0, 0, None)
         self.finish(worker, list(range(want)), False, kind, ttl)
 
     @rule(worker=WORKER, model=MODEL, want=WANT, crash=st.booleans())
     def end(self, worker: str, model: str, want: int, crash: bool) -> None:
-        self.lease(worker, model, want, 0)
+        self.lease(worker, model, want, 0, 0, 0, None)
         self.hand_back_all_of_a_worker(worker, "right", crash)
 
     @rule(index=INDEX, indices=INDICES, late=st.booleans(), kind=KIND, ttl=TTL)
@@ -313,6 +469,7 @@ class Scripts(RuleBasedStateMachine):
             left, number = document.retries_left, len(document.intervals)
             document.retries_left -= 1
             document.status = "scheduled" if document.intervals[max(number - left, 0)] else "queued"
+            document.place = document.tenant
             return document.status
         document.status = {"S": "finished", "X": "stopped"}.get(kind, "failed")
         self._ended(job.job_id, ttl, job.execution_id)
@@ -367,12 +524,14 @@ class Scripts(RuleBasedStateMachine):
                 document.status = "failed"
                 self._ended(job.job_id, document.failure_ttl, "")
             else:
-                document.status = "queued"
+                document.status, document.place = "queued", document.tenant
                 document.attempts -= not crash
                 back.append(job.job_id)
         assert (returned.queued, returned.dead_lettered, returned.lost) == (len(back), dead, lost)
-        head = self.redis.lrange(keys.queue(QUEUE), 0, len(back) - 1) if back else []
-        assert [name.decode() for name in head] == back, "at the front, in the order of their leases"
+        for tenant in ("", *TENANTS):
+            expected = [name for name in back if self.documents[name].tenant == tenant]
+            head = self.redis.lrange(keys.queue(QUEUE, tenant), 0, len(expected) - 1) if expected else []
+            assert [name.decode() for name in head] == expected, "at the front, in the order of their leases"
 
     # --- guardian and housekeeper
 
@@ -382,7 +541,7 @@ class Scripts(RuleBasedStateMachine):
         named = own if right and own else "another"
         expiries = self._expiries(worker)
         word = scripts.renew(
-            self.redis, QUEUE, worker=worker, incarnation=named, lease_ttl=90.0 + self.calls, worker_ttl=600
+            self.redis, [QUEUE], worker=worker, incarnation=named, lease_ttl=90.0 + self.calls, worker_ttl=600
         )
         assert word == ("forgotten" if own is None else "known" if own == named else "replaced")
         if word == "replaced":
@@ -402,7 +561,7 @@ class Scripts(RuleBasedStateMachine):
         own, new = self.incarnations.get(worker), f"i{self.calls}"
         seconds = scripts.claim(
             self.redis,
-            QUEUE,
+            [QUEUE],
             worker=worker,
             incarnation=new,
             dead=own or "" if knows_dead else "",
@@ -420,7 +579,7 @@ class Scripts(RuleBasedStateMachine):
         own = self.incarnations.get(worker)
         if self.held(worker):
             return  # what it held was handed back before
-        scripts.sign_off(self.redis, QUEUE, worker=worker, incarnation=own if right and own else "another")
+        scripts.sign_off(self.redis, [QUEUE], worker=worker, incarnation=own if right and own else "another")
         if own is None or right:
             self.leftovers[worker].clear()
             self.dead |= {worker} if own else set()
@@ -430,7 +589,7 @@ class Scripts(RuleBasedStateMachine):
         due = self._chosen(indices, "scheduled")
         for name in due:
             self.redis.zadd(keys.scheduled(QUEUE), {name: 1})
-            self.documents[name].status = "queued"
+            self.documents[name].status, self.documents[name].place = "queued", self.documents[name].tenant
         assert scripts.promote(self.redis, QUEUE) == len(due)
 
     # --- people
@@ -442,7 +601,7 @@ class Scripts(RuleBasedStateMachine):
             registry = FailedJobRegistry(QUEUE, connection=self.redis, serializer=OrjsonSerializer)
             registry.requeue(name)
             # RQ leaves the time that the dead letter was to be kept; the next lease takes it away.
-            document.status, document.fresh, document.ttl = "queued", True, None
+            document.status, document.fresh, document.ttl, document.place = "queued", True, None, ""
 
     @rule(indices=INDICES, other=DOCUMENT)
     def retry(self, indices: list[int], other: str) -> None:
@@ -454,6 +613,7 @@ class Scripts(RuleBasedStateMachine):
             if done:
                 document = self.documents[name]
                 document.status, document.fresh, document.ttl = "queued", True, -1
+                document.place = document.tenant
                 document.attempts = document.crashes = 0
 
     @rule(index=INDEX)
@@ -462,6 +622,7 @@ class Scripts(RuleBasedStateMachine):
             document = self.documents[name]
             Job.fetch(name, connection=self.redis, serializer=OrjsonSerializer).cancel()
             self._leave_over(name)
+            document.strays |= self._is_out_of_reach(document)
             document.status, document.execution, document.ttl = "canceled", "", None
 
     @rule(index=INDEX)
@@ -469,13 +630,21 @@ class Scripts(RuleBasedStateMachine):
         for name in self._chosen([index], *LIVE, *DEAD, "finished", "canceled"):
             Job.fetch(name, connection=self.redis, serializer=OrjsonSerializer).delete()
             self._leave_over(name)
-            self.documents[name] = Document(strays=self.documents[name].strays)
+            document = self.documents[name]
+            self.documents[name] = Document(strays=document.strays or self._is_out_of_reach(document))
+
+    @staticmethod
+    def _is_out_of_reach(document: Document) -> bool:
+        """RQ takes a document out of the queue's own list only; the next lease drops it from another."""
+        return document.status == "queued" and bool(document.place)
 
     def _leave_over(self, name: str) -> None:
-        """RQ knows nothing of the set in which a worker's leases are."""
+        """RQ knows nothing of the set in which a worker's leases are, nor of what they reserve."""
         for job, worker in self.leases:
             if job.job_id == name and self.documents[name].execution == job.execution_id:
                 self.leftovers[worker].add(job.member)
+                kv_tokens = self.documents[name].kv_tokens
+                self.leaked.update({f"queue:{QUEUE}": kv_tokens, f"worker:{worker}": kv_tokens})
 
     # --- what must hold
 
@@ -483,7 +652,8 @@ class Scripts(RuleBasedStateMachine):
     def every_document_is_where_its_status_says(self) -> None:
         with self.redis.pipeline() as pipeline:
             pipeline.time()
-            pipeline.lrange(keys.queue(QUEUE), 0, -1)
+            for tenant in ("", *TENANTS):
+                pipeline.lrange(keys.queue(QUEUE, tenant), 0, -1)
             pipeline.zrange(keys.started(QUEUE), 0, -1)
             pipeline.zrange(keys.scheduled(QUEUE), 0, -1)
             pipeline.zrange(keys.canceled(QUEUE), 0, -1)
@@ -492,8 +662,11 @@ class Scripts(RuleBasedStateMachine):
             for name in self.documents:
                 pipeline.hmget(keys.job(name), "status", "attempts", "crashes", "groups")
             (seconds, _), *places = pipeline.execute()
-        queued, started, scheduled, canceled = ([raw.decode() for raw in ids] for ids in places[:4])
-        finished, failed = ([raw.decode() for raw, score in ids if score > seconds + 1] for ids in places[4:6])
+        *lists, started, scheduled, canceled = ([raw.decode() for raw in ids] for ids in places[:6])
+        finished, failed = ([raw.decode() for raw, score in ids if score > seconds + 1] for ids in places[6:8])
+        queued = [name for ids in lists for name in ids]
+        for tenant, ids in zip(("", *TENANTS), lists, strict=True):
+            assert {name for name in self._in("queued") if self.documents[name].place == tenant} <= set(ids)
 
         assert set(self._in("queued")) <= set(queued)
         assert {name for name in queued if not self.documents[name].strays} == {
@@ -505,7 +678,7 @@ class Scripts(RuleBasedStateMachine):
         assert sorted(canceled) == self._in("canceled")
         assert sorted(finished) == self._in("finished")
         assert sorted(failed) == self._in(*DEAD)
-        for (name, document), fields in zip(self.documents.items(), places[6:], strict=True):
+        for (name, document), fields in zip(self.documents.items(), places[8:], strict=True):
             self._check_hash(name, document, [raw and raw.decode() for raw in fields])
 
     def _check_hash(self, name: str, document: Document, fields: Sequence[str | None]) -> None:
@@ -514,6 +687,16 @@ class Scripts(RuleBasedStateMachine):
         assert (int(attempts or 0), int(crashes or 0)) == (document.attempts, document.crashes), name
         if document.status != "deleted":
             assert (groups if groups is not None else LONE).split() == document.holders, name
+
+    @invariant()
+    def the_totals_are_what_the_leases_reserve(self) -> None:
+        held = {field.decode(): int(total) for field, total in self.redis.hgetall(keys.kv_tokens()).items()}
+        assert held == {field: total for field, total in self._totals().items() if total}
+
+    @invariant()
+    def every_tenant_with_a_backlog_takes_part(self) -> None:
+        taking_part = {raw.decode() for raw in self.redis.zrange(keys.tenants(QUEUE), 0, -1)}
+        assert {tenant for tenant in TENANTS if self.redis.llen(keys.queue(QUEUE, tenant))} <= taking_part
 
     @invariant()
     def no_key_is_without_its_owner_or_a_time(self) -> None:
@@ -535,7 +718,7 @@ class Scripts(RuleBasedStateMachine):
         _, kind, *rest = key.split(":")
         if kind in ("queue", "queues", "wip", "scheduled", "finished", "failed", "canceled", "workers"):
             return ttl == -1  # of the queue
-        if kind == "ingest" and rest[0] == "limits":
+        if kind == "ingest" and rest[0] in ("limits", "tenants", "kv_tokens"):
             return ttl == -1
         if kind in ("job", "results"):
             document = self.documents[rest[0]]
@@ -638,7 +821,8 @@ def test_only_the_poison_is_dead_lettered(
     job_ids = put(own, [request(i) for i in range(number)])
     poison = {job_ids[position % number] for position in positions}
     chance = Random(seed)
-    controller = DrainController(max_in_flight=max_in_flight, companies=companies(max_in_flight, max_crashes))
+    bounds = DrainBounds(max_in_flight=max_in_flight, max_num_seqs=max_in_flight)
+    controller = DrainController(bounds, companies=companies(max_in_flight, max_crashes))
     workers = ("a", "b")[:num_workers]
     in_engine: dict[str, list[LeasedJob]] = {worker: [] for worker in workers}
 
@@ -665,7 +849,7 @@ def test_only_the_poison_is_dead_lettered(
 
 def _admitted(redis: Redis, worker: str, controller: DrainController, held: Sequence[LeasedJob]) -> list[LeasedJob]:
     """As the courier leases: what there is room for, in one call."""
-    want = controller.admit(in_flight=len(held), jobs_left=None)
+    want = controller.bounds.max_in_flight - len(held)
     company = controller.company(job.crashes for job in held)
     return _lease(redis, worker, want, company=company, companies=controller.companies) if want else []
 
@@ -677,9 +861,8 @@ def _lease(redis: Redis, worker: str, want: int, **options: Any) -> list[LeasedJ
         QUEUE,
         worker=worker,
         model="sim",
-        want=want,
+        admission=Admission(documents=want),
         lease_ttl=60,
-        max_in_flight_fleet=0,
         call_id=call_id,
         **options,
     ).jobs

@@ -19,7 +19,7 @@ from rq.serializers import JSONSerializer
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.schema import IngestResult, Status
-from ingestq.common.scripts import Finish, LeasedJob
+from ingestq.common.scripts import Admission, Finish, LeasedJob
 from ingestq.producer import iter_results
 from support import former
 from support.jobs import QUEUE, put, request, row, rq_job, statuses
@@ -98,8 +98,9 @@ def lease(redis: Redis, release: str, worker: str, want: int = 128) -> list[Leas
     call_id = secrets.token_hex(7)
     if release == "former":
         return former.lease(redis, worker=worker, want=want, call_id=call_id)
+    admission = Admission(documents=want)
     return scripts.lease(
-        redis, QUEUE, worker=worker, model="sim", want=want, lease_ttl=60, max_in_flight_fleet=0, call_id=call_id
+        redis, QUEUE, worker=worker, model="sim", admission=admission, lease_ttl=60, call_id=call_id
     ).jobs
 
 
@@ -144,6 +145,8 @@ def assert_one_row_each(redis: Redis, job_ids: Sequence[str]) -> list[IngestResu
     assert sorted(registered) == sorted(name.encode() for name in job_ids)
     for key in (keys.queue(QUEUE), keys.started(QUEUE), keys.scheduled(QUEUE)):
         assert not redis.exists(key), key
+    scripts.recount(redis, QUEUE)
+    assert not redis.exists(keys.kv_tokens()), "what the release before left reserved is counted anew"
     assert not redis.keys("rq:execution*")
     assert not redis.keys("rq:worker:*:executions")
     return given
@@ -177,7 +180,7 @@ def renews(redis: Redis, release: str, jobs: list[LeasedJob]) -> None:
     if release == "former":
         assert former.renew(redis, "a", [job.member for job in jobs]) == []
     else:
-        scripts.renew(redis, QUEUE, worker="a", incarnation="i", lease_ttl=60, worker_ttl=480)
+        scripts.renew(redis, [QUEUE], worker="a", incarnation="i", lease_ttl=60, worker_ttl=480)
     assert hand_back(redis, "former") == hand_back(redis, "this") == (0, 0, 0), "neither finds an expired one"
     assert finish(redis, release, "a", jobs) == ["finished"] * len(jobs)
 
@@ -225,6 +228,20 @@ def test_a_document_that_every_worker_is_lost_with_ends_whoever_counts(redis: Re
     assert result.error_class == "WorkerLost"
 
 
+def test_what_the_release_before_leases_and_ends_is_counted_anew(redis: Redis) -> None:
+    """It reserves nothing, and releases nothing: until the next count the totals are too high, never too low."""
+    put(redis, [request(number) for number in range(4)])
+    held = lease(redis, "this", "a", 2)
+    lease(redis, "former", "b", 2)
+    each = held[0].kv_tokens
+    assert each > 0
+    assert finish(redis, "former", "a", held[:1]) == ["finished"]
+    found = scripts.recount(redis, QUEUE)
+    assert (found.kv_tokens_held, found.kv_tokens_counted, found.num_leases) == (2 * each, each, 3)
+    assert finish(redis, "this", "a", held[1:]) == ["finished"]
+    assert not redis.exists(keys.kv_tokens())
+
+
 @pytest.mark.parametrize("record", [{"birth": "x"}, {"birth": "x", "death": "x"}])
 def test_the_name_of_a_former_releases_worker_is_free_only_once_it_is_dead(redis: Redis, record: dict) -> None:
     """Its record is RQ's alone: alive until RQ forgets it or it has signed off."""
@@ -232,7 +249,7 @@ def test_the_name_of_a_former_releases_worker_is_free_only_once_it_is_dead(redis
     redis.expire(keys.worker("a"), 400)
 
     seconds = scripts.claim(
-        redis, QUEUE, worker="a", incarnation="i", dead="", lease_ttl=60, worker_ttl=480, record={"birth": "y"}
+        redis, [QUEUE], worker="a", incarnation="i", dead="", lease_ttl=60, worker_ttl=480, record={"birth": "y"}
     )
 
     assert (seconds > 0) == ("death" not in record)

@@ -32,7 +32,7 @@ def _run(redis: Redis, name: str, keys_: Sequence[str], *args: Any) -> Any:
 def put(redis: Redis, requests: Sequence[IngestRequest], *, group_id: str, retries: str = "") -> list[str]:
     group_keys = [keys.group(group_id), keys.group_members(group_id), keys.group_done(group_id)]
     jobs = [new_job(item) for item in requests]
-    fields = [field for job in jobs for field in job]
+    fields = [field for job in jobs for field in job[:4]]  # it knew of no more
     options = (3600, now_iso(), 3600, 3600, retries, "[]", 0)
     _run(redis, "enqueue", [keys.queue(QUEUE), keys.queues(), *group_keys], "rq", QUEUE, group_id, *options, *fields)
     return [job.job_id for job in jobs]

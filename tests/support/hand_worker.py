@@ -12,7 +12,7 @@ from redis import Redis
 
 from ingestq.common import scripts
 from ingestq.common.schema import IngestRequest, IngestResult, Sampling, Status
-from ingestq.common.scripts import Finish, LeasedJob
+from ingestq.common.scripts import Admission, Finish, LeasedJob
 
 
 def request(document_id: str, text: str = "", **fields: object) -> IngestRequest:
@@ -26,9 +26,8 @@ def lease(redis: Redis, want: int = 128, *, model: str = "m") -> list[LeasedJob]
         "ingest",
         worker="hand",
         model=model,
-        want=want,
+        admission=Admission(documents=want),
         lease_ttl=60.0,
-        max_in_flight_fleet=0,
         call_id=secrets.token_hex(7),
     )
     return reply.jobs

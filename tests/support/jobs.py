@@ -12,6 +12,7 @@ from ingestq.common import payload, scripts
 from ingestq.common.schema import IngestRequest, IngestResult, Sampling, job_id
 from ingestq.common.scripts import EnqueueOptions, FetchedJob, NewJob
 from ingestq.common.serializer import OrjsonSerializer
+from ingestq.common.task_id import estimated_tokens, task_id
 
 QUEUE = "ingest"
 
@@ -28,7 +29,13 @@ def request(number: int, *, model: str = "sim", max_tokens: int = 4, **fields: A
 def new_job(item: IngestRequest) -> NewJob:
     request_json = item.to_json()
     return NewJob(
-        job_id=job_id(request_json), data=payload.encode(request_json), document_id=item.document_id, model=item.model
+        job_id=job_id(request_json),
+        data=payload.encode(request_json),
+        document_id=item.document_id,
+        model=item.model,
+        tokens=estimated_tokens(item),
+        max_tokens=item.sampling.max_tokens,
+        task=task_id(item),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ingestq.common import scripts
 from ingestq.common.schema import IngestRequest
+from ingestq.common.scripts import leasing
 from ingestq.workers import prompts
 from ingestq.workers.batch_worker import BatchWorker
 
@@ -21,6 +21,6 @@ class NewerRequest(IngestRequest):
 
 class NewerWorker(BatchWorker):
     def bootstrap(self, *args: object, **kwargs: object) -> None:
-        scripts.SCHEMA_VERSION = prompts.SCHEMA_VERSION = SCHEMA_VERSION
+        leasing.SCHEMA_VERSION = prompts.SCHEMA_VERSION = SCHEMA_VERSION
         prompts.IngestRequest = NewerRequest
         super().bootstrap(*args, **kwargs)
