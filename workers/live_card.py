@@ -37,7 +37,7 @@ class LiveCard:
             "warmup_ms": found.warmup_ms,
             "recompiles": self._recompiles(now.num_compilations),
             "num_preemptions": now.num_preemptions - found.counters.num_preemptions,
-            "draft_acceptance": _draft_acceptance(found.counters, now),
+            "draft_acceptance": now.draft_acceptance(found.counters),
         }
         return self._engine.card.model_copy(update=facts)
 
@@ -66,8 +66,3 @@ class LiveCard:
                 extra={"action": "recompiled"},
             )
         return number
-
-
-def _draft_acceptance(before: EngineCounters, now: EngineCounters) -> float | None:
-    num_drafted = now.num_draft_tokens - before.num_draft_tokens
-    return (now.num_accepted_tokens - before.num_accepted_tokens) / num_drafted if num_drafted else None

@@ -1,5 +1,6 @@
 """What every engine promises (`ingestq.workers.engines.base.Engine`), checked on both implementations."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from random import Random
 
 # Read once, when torch and huggingface_hub are imported: one thread makes runs comparable, and nothing is downloaded.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,6 +55,19 @@ def drain(engine):
     return completions
 
 
+def drain_reported(engine):
+    """Completions, and the report of each step."""
+    completions, reports = [], []
+    while engine.has_unfinished():
+        completions += engine.step()
+        reports.append(engine.last_step)
+    return completions, reports
+
+
+def first_tokens_of(reports):
+    return [first for report in reports for first in report.first_tokens]
+
+
 def outcome(completion):
     """What must not depend on how the engine was fed."""
     return completion.prompt_id, completion.text, list(completion.token_ids), completion.finish_reason
@@ -67,7 +82,10 @@ class EngineContract:
     def _nothing_is_left_behind(self, engine):
         yield
         assert not engine.has_unfinished()
+        before = engine.last_step
         assert engine.step() == []
+        assert engine.last_step is before
+        assert engine.num_waiting_tokens == 0
 
     def test_every_added_prompt_completes_exactly_once(self, engine):
         prompts = prompts_of(engine)
@@ -96,6 +114,97 @@ class EngineContract:
             assert 0 <= done.num_cached_tokens < done.num_prompt_tokens
             assert 0 < done.ttft_ms <= done.run_ms
             assert done.error is None
+
+    def test_the_reports_of_the_steps_add_up(self, engine):
+        prompts = [prompt_of(engine, f"p{i}", f"{i} {TEXT}", max_tokens=3 + i, ignore_eos=True) for i in range(10)]
+        for prompt in prompts:
+            engine.add_request(prompt)
+        assert engine.num_waiting_tokens == sum(len(prompt.token_ids) for prompt in prompts)
+        completions, reports = drain_reported(engine)
+        assert sum(report.num_prefilled_tokens for report in reports) == sum(
+            done.num_prompt_tokens - done.num_cached_tokens for done in completions
+        )
+        assert sum(report.num_output_tokens for report in reports) == sum(len(done.token_ids) for done in completions)
+        assert reports[0].num_waiting_tokens == sum(len(prompt.token_ids) for prompt in prompts)
+        assert sum(report.num_preemptions for report in reports) == 0
+        assert engine.num_waiting_tokens == reports[-1].num_waiting_tokens == 0
+
+    def test_every_prompt_has_one_first_token_with_the_time_of_its_completion(self, engine):
+        prompts = prompts_of(engine)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        completions, reports = drain_reported(engine)
+        first_tokens = first_tokens_of(reports)
+        assert sorted((first.prompt_id, first.ttft_ms, first.num_prompt_tokens) for first in first_tokens) == sorted(
+            (done.prompt_id, done.ttft_ms, done.num_prompt_tokens) for done in completions
+        )
+        ahead, added = {}, 0
+        for prompt in prompts:
+            ahead[prompt.prompt_id] = added
+            added += len(prompt.token_ids)
+        assert {first.prompt_id: first.num_tokens_ahead for first in first_tokens} == ahead
+
+    def test_a_prompt_that_finishes_with_its_first_token_is_reported_in_that_step(self, engine):
+        engine.add_request(prompt_of(engine, "p", max_tokens=1))
+        [done], reports = drain_reported(engine)
+        assert [(first.prompt_id, first.ttft_ms) for first in reports[-1].first_tokens] == [("p", done.ttft_ms)]
+        assert reports[-1].num_output_tokens == 1
+
+    def test_what_is_aborted_waits_no_longer_and_has_no_first_token(self, engine):
+        prompts = prompts_of(engine, 10)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        engine.step()
+        reports = [engine.last_step]
+        started = {first.prompt_id for first in first_tokens_of(reports)}
+        assert "p9" not in started
+        engine.abort(["p9", "p8"])
+        waiting = [prompt for prompt in prompts[:8] if prompt.prompt_id not in started]
+        assert engine.num_waiting_tokens == sum(len(prompt.token_ids) for prompt in waiting)
+        reports += drain_reported(engine)[1]
+        assert sorted(first.prompt_id for first in first_tokens_of(reports)) == [f"p{i}" for i in range(8)]
+
+    def test_an_aborted_id_can_be_used_again_and_has_a_new_clock(self, engine):
+        engine.add_request(prompt_of(engine, "p", TEXT * 3))
+        engine.abort(["p"])
+        engine.add_request(prompt_of(engine, "p"))
+        [done], reports = drain_reported(engine)
+        [first] = first_tokens_of(reports)
+        assert (first.ttft_ms, first.num_prompt_tokens, first.num_tokens_ahead) == (
+            done.ttft_ms,
+            done.num_prompt_tokens,
+            0,
+        )
+
+    def test_waves_are_not_reported(self, engine):
+        engine.add_request(prompt_of(engine, "p"))
+        drain(engine)
+        before = engine.last_step
+        engine.generate(prompts_of(engine))
+        assert engine.last_step is before
+        engine.add_request(prompt_of(engine, "q", max_tokens=2, ignore_eos=True))
+        _, reports = drain_reported(engine)
+        assert [first.prompt_id for first in first_tokens_of(reports)] == ["q"]
+        assert sum(report.num_output_tokens for report in reports) == 2
+
+    def test_what_waits_is_known_in_another_thread_while_the_engine_steps(self, engine):
+        prompts = prompts_of(engine)
+        total = sum(len(prompt.token_ids) for prompt in prompts)
+        seen, done = [], threading.Event()
+
+        def read():
+            while not done.is_set():
+                seen.append(engine.num_waiting_tokens)
+
+        reader = threading.Thread(target=read)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        reader.start()
+        drain(engine)
+        done.set()
+        reader.join()
+        assert all(0 <= num_tokens <= total for num_tokens in seen)
+        assert seen == sorted(seen, reverse=True)
 
     def test_max_tokens_ends_a_prompt_with_length(self, engine):
         [done] = engine.generate([prompt_of(engine, "p", max_tokens=7, ignore_eos=True)])
@@ -129,6 +238,7 @@ class EngineContract:
             engine.add_request(bad)
         assert "\n" not in str(refusal.value)
         assert not engine.has_unfinished()
+        assert engine.num_waiting_tokens == 0
 
         first, refused, last = engine.generate([prompt_of(engine, "first"), bad, prompt_of(engine, "last")])
         assert (refused.prompt_id, refused.finish_reason, refused.error) == ("bad", "error", str(refusal.value))
@@ -226,6 +336,12 @@ class EngineContract:
         assert cache.block_size > 0
         assert cache.num_tokens >= MAX_MODEL_LEN
         assert cache.asked == "auto"
+
+    def test_the_kv_cache_holds_the_longest_sequence_by_its_blocks(self, engine):
+        cache, max_num_tokens = engine.kv_cache, engine.card.max_num_batched_tokens
+        assert len(cache.group_block_sizes) in (0, len(cache.groups))
+        assert 0 < cache.blocks_for(MAX_MODEL_LEN, max_num_tokens) <= cache.num_usable_blocks <= cache.num_blocks
+        assert cache.blocks_for(1, max_num_tokens) == len(cache.groups)
 
     def test_counters_count_up_and_the_kv_cache_is_empty_when_the_engine_is_idle(self, engine):
         before = engine.counters()
@@ -391,6 +507,85 @@ class TestVllmEngine(EngineContract):
         engine.generate(prompts_of(engine, 4))
         assert engine.counters().num_preemptions - before == 1
 
+    def test_a_preemption_is_reported_when_the_sequence_goes_on(self, engine, stepper, monkeypatch):
+        manager = stepper.engine_core.engine_core.scheduler.kv_cache_manager
+        allocate, refused = manager.allocate_slots, []
+
+        def none_left_once(request, *args, **kwargs):
+            if request.num_output_tokens > 2 and not refused:
+                refused.append(request)
+                return None
+            return allocate(request, *args, **kwargs)
+
+        monkeypatch.setattr(manager, "allocate_slots", none_left_once)
+        for prompt in prompts_of(engine, 4):
+            engine.add_request(prompt)
+        completions, reports = drain_reported(engine)
+        assert sum(report.num_preemptions for report in reports) == 1
+        assert sorted(first.prompt_id for first in first_tokens_of(reports)) == sorted(
+            done.prompt_id for done in completions
+        )
+
+    def test_a_step_that_raises_leaves_nothing_in_the_books(self, engine, stepper, monkeypatch):
+        step = stepper.step
+
+        def interrupted():
+            step()
+            raise KeyboardInterrupt
+
+        prompts = prompts_of(engine, 6)
+        for prompt in prompts:
+            engine.add_request(prompt)
+        before = engine.last_step
+        with monkeypatch.context() as patch:
+            patch.setattr(stepper, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        assert engine.last_step is before
+        # Four run, and have their first token.
+        assert engine.num_waiting_tokens == sum(len(prompt.token_ids) for prompt in prompts[MAX_NUM_SEQS:])
+        _, reports = drain_reported(engine)
+        assert [first.prompt_id for first in first_tokens_of(reports)] == ["p4", "p5"]
+        assert engine._prefilling == {}
+
+    def test_first_tokens_out_of_order_are_found(self, engine):
+        """By looking at all that wait, where the first ones are not those that got theirs."""
+        for prompt in prompts_of(engine, 3):
+            engine.add_request(prompt)
+        engine._prefilling = dict(reversed(engine._prefilling.items()))
+        engine._prefilling = {"never run": type("State", (), {"is_prefilling": True}), **engine._prefilling}
+        try:
+            completions, reports = drain_reported(engine)
+        finally:
+            engine._prefilling.pop("never run", None)
+        assert sorted(first.prompt_id for first in first_tokens_of(reports)) == ["p0", "p1", "p2"]
+        assert len(completions) == 3
+
+    def test_scoring_leaves_nothing_in_the_books(self, engine):
+        before = engine.last_step
+        engine.score(prompts_of(engine, 3))
+        assert engine.last_step is before
+        assert engine.num_waiting_tokens == 0
+
+    def test_the_groups_of_the_kv_cache_are_those_of_the_core(self, engine, stepper):
+        """Three layers with a window of 128 and a whole one: blocks are equally large, so each is a group."""
+        managers = stepper.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        cache = engine.kv_cache
+        assert sorted(cache.groups, key=str) == [128, 128, 128, None]
+        assert cache.group_block_sizes == tuple(manager.block_size for manager in managers)
+        assert (cache.num_null_blocks, cache.max_concurrent_steps, cache.num_lookahead_tokens) == (1, 1, 0)
+
+    def test_groups_that_the_core_does_not_tell_are_guessed_large_enough(self, engine, monkeypatch, caplog):
+        def gone():
+            raise AttributeError("get_kv_cache_group_metadata")
+
+        cache, max_num_tokens = engine.kv_cache, engine.card.max_num_batched_tokens
+        core = engine._llm.llm_engine.engine_core.engine_core
+        monkeypatch.setattr(core, "get_kv_cache_group_metadata", gone)
+        guessed = vllm_engine._kv_cache(engine._llm, asked="auto")
+        assert "the groups of the KV cache can't be read" in caplog.text
+        assert guessed.blocks_for(MAX_MODEL_LEN, max_num_tokens) >= cache.blocks_for(MAX_MODEL_LEN, max_num_tokens)
+
     def test_a_compilation_is_counted(self, engine):
         import torch
 
@@ -427,7 +622,124 @@ class TestVllmEngine(EngineContract):
         assert sorted(report["fed"]) == sorted(expected)
         cache = engine.kv_cache
         assert report["kv_cache"] == [cache.dtype, cache.num_blocks, cache.block_size, cache.num_tokens]
+        assert report["kv_groups"] == [list(cache.groups), list(cache.group_block_sizes)]
         assert report["counters"] == [None, 0]
+        assert sorted(report["first_tokens"]) == sorted(prompt.prompt_id for prompt in prompts)
+        assert report["prefilled"] == sum(len(prompt.token_ids) for prompt in prompts)
+        assert report["waiting"] == 0
+
+
+BOUND_MAX_MODEL_LEN = 448
+BOUND_SEQS = 6
+FIRST_TOKENS = itertools.count(1000)
+
+
+@pytest.mark.vllm
+class TestKvBoundOfVllm:
+    """What `KvCache.blocks_for` allows never preempts, with blocks for six of the longest sequences and no more."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls):
+        pytest.importorskip("vllm")
+        from support.models import tiny_gemma4
+
+        # Of the longest: 14 blocks, and in each of three groups with a window of 128 (127 + 64) / 32 and one more: 7.
+        args = {
+            **VLLM_ARGS,
+            "max_model_len": BOUND_MAX_MODEL_LEN,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 64,
+            "block_size": 32,
+            "num_gpu_blocks_override": BOUND_SEQS * (14 + 3 * 7) + 1,
+        }
+        engine = load_engine(Settings(model=str(tiny_gemma4()), model_name="tiny", engine_args=args))
+        yield engine
+        engine.close()
+
+    def blocks_for(self, engine, num_tokens):
+        return engine.kv_cache.blocks_for(num_tokens, engine.card.max_num_batched_tokens)
+
+    def prompts(self, engine, sequences):
+        """Of (prompt tokens, output tokens); none begins like another one of any test: none shares its blocks."""
+        text = engine.encode(TEXT) * 30
+        return [
+            Prompt(
+                prompt_id=f"p{i}",
+                token_ids=[next(FIRST_TOKENS), *text[: num_prompt - 1]],
+                sampling=Sampling(max_tokens=num_output, ignore_eos=True),
+            )
+            for i, (num_prompt, num_output) in enumerate(sequences)
+        ]
+
+    def run(self, engine, sequences):
+        """Runs sequences as a controller would: one starts when all may become as long as they want.
+
+        Returns preemptions, and the most blocks in use at once, both by the engine's own count.
+        """
+        waiting = self.prompts(engine, sequences)
+        blocks, num_preemptions, most = {}, 0, 0.0
+        while waiting or engine.has_unfinished():
+            while waiting:
+                prompt = waiting[0]
+                needed = self.blocks_for(engine, len(prompt.token_ids) + prompt.sampling.max_tokens)
+                if sum(blocks.values()) + needed > engine.kv_cache.num_usable_blocks:
+                    break
+                blocks[prompt.prompt_id] = needed
+                engine.add_request(waiting.pop(0))
+            for done in engine.step():
+                del blocks[done.prompt_id]
+            num_preemptions += engine.last_step.num_preemptions
+            most = max(most, engine.counters().kv_usage)
+        return num_preemptions, round(most * engine.kv_cache.num_usable_blocks)
+
+    def overload(self, engine, sequences):
+        """Preemptions of the same, all at once."""
+        before = engine.counters().num_preemptions
+        for prompt in self.prompts(engine, sequences):
+            engine.add_request(prompt)
+        _, reports = drain_reported(engine)
+        num_preemptions = sum(report.num_preemptions for report in reports)
+        assert engine.counters().num_preemptions - before == num_preemptions
+        return num_preemptions
+
+    def test_the_cache_holds_six_of_the_longest(self, engine):
+        assert self.blocks_for(engine, BOUND_MAX_MODEL_LEN) * BOUND_SEQS == engine.kv_cache.num_usable_blocks
+
+    def test_short_sequences_up_to_the_bound_fill_the_cache_and_one_more_preempts(self, engine):
+        """Shorter than the window, the bound is what they come to hold."""
+        num_tokens = 128
+        num_seqs = engine.kv_cache.num_usable_blocks // self.blocks_for(engine, num_tokens)
+        sequences = [(16, num_tokens - 16)] * num_seqs
+        assert self.run(engine, sequences) == (0, num_seqs * self.blocks_for(engine, num_tokens))
+        assert self.overload(engine, [*sequences, sequences[0]]) > 0
+
+    def test_the_longest_sequences_up_to_the_bound_are_never_preempted_and_twice_as_many_are(self, engine):
+        sequences = [(BOUND_MAX_MODEL_LEN - 48, 48)] * BOUND_SEQS
+        assert self.run(engine, sequences)[0] == 0
+        assert self.overload(engine, [(96, BOUND_MAX_MODEL_LEN - 96)] * (2 * BOUND_SEQS)) > 0
+
+    def test_a_mixture_fed_up_to_the_bound_is_never_preempted(self, engine):
+        random = Random(0)
+        sequences = [(random.randint(8, 380), random.randint(1, 60)) for _ in range(30)]
+        assert self.run(engine, sequences)[0] == 0
+
+    def test_a_prompt_aborted_in_the_middle_of_its_prefill_waits_no_longer(self, engine):
+        token_ids = (engine.encode(TEXT) * 30)[:300]
+        for name in ("long", "short"):
+            sampling = Sampling(max_tokens=2, ignore_eos=True)
+            engine.add_request(
+                Prompt(prompt_id=name, token_ids=token_ids if name == "long" else token_ids[:20], sampling=sampling)
+            )
+        engine.step()
+        assert engine.last_step.first_tokens == ()
+        assert engine.num_waiting_tokens == engine.last_step.num_waiting_tokens == 320
+        engine.abort(["long"])
+        assert engine.num_waiting_tokens == 20
+        completions, reports = drain_reported(engine)
+        assert [done.prompt_id for done in completions] == ["short"]
+        assert [first.prompt_id for first in first_tokens_of(reports)] == ["short"]
+        assert engine.num_waiting_tokens == 0
 
 
 def run_alone(command):
@@ -452,7 +764,7 @@ def main():
     import psutil
     from ingestq.common.settings import Settings
     from ingestq.workers.engines import load_engine, vllm_engine
-    from integration.test_engine_contract import drain, outcome, prompts_of
+    from integration.test_engine_contract import drain_reported, first_tokens_of, outcome, prompts_of
 
     engine = load_engine(Settings.model_validate_json(sys.argv[1]))
     children = psutil.Process().children(recursive=True)
@@ -462,7 +774,7 @@ def main():
     generated = engine.generate(prompts)
     for prompt in prompts:
         engine.add_request(prompt)
-    fed = drain(engine)
+    fed, reports = drain_reported(engine)
     cache, counters = engine.kv_cache, engine.counters()
     engine.close()
     print(json.dumps({{
@@ -471,6 +783,10 @@ def main():
         "generated": [outcome(done) for done in generated],
         "fed": [outcome(done) for done in fed],
         "kv_cache": [cache.dtype, cache.num_blocks, cache.block_size, cache.num_tokens],
+        "kv_groups": [cache.groups, cache.group_block_sizes],
+        "first_tokens": [first.prompt_id for first in first_tokens_of(reports)],
+        "prefilled": sum(report.num_prefilled_tokens for report in reports),
+        "waiting": engine.num_waiting_tokens,
         "counters": [counters.num_compilations, counters.num_preemptions],
     }}))
 

@@ -57,6 +57,17 @@ def test_a_prompt_added_later_has_its_own_clock():
     assert (done["a"].run_ms, done["b"].ttft_ms, done["b"].run_ms) == (50, 10, 20)
 
 
+def test_reading_the_kv_cache_takes_time_for_the_context_of_what_decodes():
+    engine = make_engine(step_ms=10, step_ms_per_seq=0, step_ms_per_prefill_token=0, step_ms_per_kv_token=0.01)
+    engine.add_request(make_prompt("a", 100, max_tokens=3))
+    engine.add_request(make_prompt("b", 200, max_tokens=2))
+    done = {completion.prompt_id: completion for completion in drain(engine)}
+    # Prefill reads nothing; then both contexts; then a's, which is one longer.
+    assert done["b"].ttft_ms == 10
+    assert done["b"].run_ms == pytest.approx(10 + 13.0)
+    assert done["a"].run_ms == pytest.approx(10 + 13.0 + 11.01)
+
+
 def test_time_scale_makes_steps_take_real_time():
     engine = make_engine(step_ms=40, time_scale=0.5)
     started = time.monotonic()
@@ -70,6 +81,60 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_token_budget():
     engine.add_request(make_prompt("short", 10))
     # 40 and 40 of the long one, then its last 20 together with the short one.
     assert [[done.prompt_id for done in engine.step()] for _ in range(3)] == [[], [], ["long", "short"]]
+
+
+def test_a_long_prompt_is_reported_when_its_last_chunk_is_computed():
+    engine = make_engine(max_num_batched_tokens=40, max_num_seqs=4, max_model_len=1000)
+    engine.add_request(make_prompt("long", 100))
+    engine.add_request(make_prompt("short", 10))
+    reports = []
+    while engine.has_unfinished():
+        engine.step()
+        reports.append(engine.last_step)
+    assert [report.num_prefilled_tokens for report in reports] == [0, 0, 110]
+    assert [report.num_waiting_tokens for report in reports] == [110, 110, 110]
+    assert [first.num_tokens_ahead for first in reports[-1].first_tokens] == [0, 100]
+
+
+def test_a_prompt_aborted_in_the_middle_of_its_prefill_waits_no_longer():
+    engine = make_engine(max_num_batched_tokens=40, max_num_seqs=4, max_model_len=1000)
+    engine.add_request(make_prompt("long", 100))
+    engine.add_request(make_prompt("short", 10))
+    engine.step()
+    engine.abort(["long"])
+    assert engine.num_waiting_tokens == 10
+    engine.step()
+    assert [first.prompt_id for first in engine.last_step.first_tokens] == ["short"]
+    assert engine.num_free_blocks == engine.kv_cache.num_blocks
+
+
+def test_a_step_reports_its_simulated_seconds():
+    engine = make_engine(step_ms=20, step_ms_per_seq=0, step_ms_per_prefill_token=0.1)
+    engine.add_request(make_prompt("a", 100, max_tokens=2))
+    engine.step()
+    assert engine.last_step.seconds == pytest.approx(0.030)
+    engine.step()
+    assert engine.last_step.seconds == pytest.approx(0.020)
+
+
+def test_a_step_that_a_signal_interrupts_has_not_happened(monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    engine = make_engine(time_scale=1e-6, max_num_batched_tokens=40, max_num_seqs=4, max_model_len=1000)
+    for i in range(3):
+        engine.add_request(make_prompt(f"p{i}", 15, max_tokens=5))
+    completions = engine.step()
+    before, free = engine.last_step, engine.num_free_blocks
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert engine.last_step is before
+    assert engine.num_free_blocks >= free
+    completions += drain(engine)
+    assert sorted(done.prompt_id for done in completions) == ["p0", "p1", "p2"]
+    assert engine.num_free_blocks == engine.kv_cache.num_blocks
 
 
 def test_at_most_max_num_seqs_run_at_once():
@@ -111,6 +176,33 @@ def test_a_preempted_sequence_starts_over_but_keeps_its_first_token():
     assert len(done["lost"].token_ids) == 16
 
 
+def test_preemptions_are_reported_in_their_steps_and_no_first_token_twice():
+    engine = make_engine(max_model_len=100, num_kv_blocks=20, block_size=8)
+    for i in range(6):
+        engine.add_request(make_prompt(f"p{i}", 20, max_tokens=60))
+    num_preemptions, first_tokens, num_output_tokens = 0, [], 0
+    while engine.has_unfinished():
+        engine.step()
+        num_preemptions += engine.last_step.num_preemptions
+        first_tokens += [first.prompt_id for first in engine.last_step.first_tokens]
+        num_output_tokens += engine.last_step.num_output_tokens
+    assert num_preemptions == engine.num_preemptions > 0
+    assert sorted(first_tokens) == [f"p{i}" for i in range(6)]
+    assert num_output_tokens == 6 * 60
+
+
+def test_sequences_whose_blocks_fit_the_cache_are_never_preempted():
+    engine = make_engine(max_model_len=100, num_kv_blocks=40, block_size=8)
+    num_seqs = engine.kv_cache.num_usable_blocks // engine.kv_cache.blocks_for(80, 8192)
+    assert num_seqs == 4
+    for num_prompts in (num_seqs, num_seqs + 1):
+        assert (engine.num_preemptions, engine.has_unfinished()) == (0, False)
+        for i in range(num_prompts):
+            engine.add_request(make_prompt(f"p{i}", 20, max_tokens=60))
+        drain(engine)
+    assert engine.num_preemptions > 0
+
+
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=25),
     max_num_seqs=st.integers(1, 8),
@@ -139,6 +231,7 @@ def test_whatever_the_load_every_prompt_ends_once_and_no_block_is_lost(
     assert sorted(done.prompt_id for done in completions) == sorted(expected)
     assert all(len(done.token_ids) == lengths[int(done.prompt_id[1:])][1] for done in completions)
     assert engine.num_free_blocks == num_kv_blocks
+    assert engine.num_waiting_tokens == 0
 
 
 def outputs(engine, num_prompts=400, **sampling):

@@ -75,8 +75,80 @@ class KvCache:
     # Tokens that fit at once, as the engine counts them: for sequences of max_model_len, layers with a sliding window
     # counted as such.
     num_tokens: int
-    # Whether prompts that begin alike share their blocks.
+    # Whether prompts that begin alike share their blocks; `blocks_for` then says what a sequence holds at most.
     prefix_caching: bool
+    # Of each group of layers that has blocks of its own (all from one pool): tokens that it looks back on; None: all.
+    groups: tuple[int | None, ...] = (None,)
+    # Tokens of one block of each group; empty: `block_size`, in all of them.
+    group_block_sizes: tuple[int, ...] = ()
+    # Steps that may be under way at once: a window is freed behind those that are settled. vLLM's async scheduling: 2.
+    max_concurrent_steps: int = 1
+    # Slots that a sequence takes beyond its tokens, for speculative ones.
+    num_lookahead_tokens: int = 0
+    # Blocks that no sequence gets: vLLM's null block, which stands for what a window has left behind.
+    num_null_blocks: int = 0
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that sequences can hold."""
+        return max(0, self.num_blocks - self.num_null_blocks)
+
+    def blocks_for(self, num_tokens: int, max_num_batched_tokens: int) -> int:
+        """Blocks that a sequence holds at most while it grows to so many tokens, over all groups.
+
+        Sequences whose blocks add up to no more than `num_usable_blocks` never preempt one another. A layer with a
+        window keeps window - 1 tokens and those of the steps under way, which begin anywhere in a block; the tokens of
+        a step are the whole budget's at most, though several sequences share it.
+
+        Args:
+            num_tokens: prompt and output.
+            max_num_batched_tokens: the engine's, which is what one step computes of one sequence at most.
+
+        Source: vllm 0.32.0, v1/core/single_type_kv_cache_manager.py get_num_blocks_to_allocate and
+        remove_skipped_blocks, v1/kv_cache_interface.py SlidingWindowSpec.max_admission_blocks_per_request.
+        """
+        in_flight = max_num_batched_tokens * self.max_concurrent_steps
+        sizes = self.group_block_sizes or (self.block_size,) * len(self.groups)
+        num_slots = num_tokens + self.num_lookahead_tokens
+        num_blocks = 0
+        for window, size in zip(self.groups, sizes, strict=True):
+            whole = -(-num_slots // size)
+            if window is not None:
+                held = window - 1 + in_flight + self.num_lookahead_tokens
+                whole = min(whole, -(-held // size) + 1)
+            num_blocks += whole
+        return num_blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """A prompt that got its first output token, and what it had to wait for."""
+
+    prompt_id: str
+    # Milliseconds from add_request, of the engine's own clock; as in its completion.
+    ttft_ms: float
+    num_prompt_tokens: int
+    # Prompt tokens in the engine without a first token when this prompt was added, its own not counted. Tokens of a
+    # prompt count in whole until its first one, however much of it is computed.
+    num_tokens_ahead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    # Of the engine's own clock (simulated, where the engine is), since the step before if there was work all the time.
+    seconds: float
+    # Prompt tokens of prompts without a first token, before the step.
+    num_waiting_tokens: int
+    # Prompt tokens of the prompts that got their first token in this step, but for those from the prefix cache. Tokens
+    # of a prompt count in the step that ends its prefill, so that over many steps they are what was computed.
+    num_prefilled_tokens: int
+    # Output tokens of all sequences.
+    num_output_tokens: int
+    # Sequences that lost their KV blocks, and are computed again.
+    num_preemptions: int
+    first_tokens: tuple[FirstToken, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +157,8 @@ class EngineCounters:
 
     # Sequences that lost their KV blocks to others and are computed again.
     num_preemptions: int = 0
-    # Prompt tokens found in the prefix cache.
+    # Prompt tokens looked up in the prefix cache, and found there.
+    prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     # Speculative tokens proposed, and accepted.
     num_draft_tokens: int = 0
@@ -94,6 +167,22 @@ class EngineCounters:
     num_compilations: int | None = None
     # Share of the KV blocks in use, 0 to 1.
     kv_usage: float = 0.0
+
+    def prefix_hit_rate(self, before: EngineCounters) -> float | None:
+        """Since then: share of the prompt tokens that were found in the prefix cache; None: none was looked up."""
+        return _share(
+            self.prefix_cache_hits - before.prefix_cache_hits, self.prefix_cache_queries - before.prefix_cache_queries
+        )
+
+    def draft_acceptance(self, before: EngineCounters) -> float | None:
+        """Since then: share of the speculative tokens that were accepted; None: none was proposed."""
+        return _share(
+            self.num_accepted_tokens - before.num_accepted_tokens, self.num_draft_tokens - before.num_draft_tokens
+        )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +214,17 @@ class Engine(Protocol):
     @property
     def plan(self) -> Plan | None:
         """What was planned for it before it was built; None where model or machine are not known to the planner."""
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last `step` did; None before the first one. A step that raises or has nothing to do changes nothing.
+
+        Steps within `generate` are not reported.
+        """
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of prompts in the engine that have no first token yet."""
 
     def counters(self) -> EngineCounters:
         """What it has counted so far. May be called from any thread, also during a step."""

@@ -3,6 +3,10 @@
 It schedules as vLLM does (chunked prefill under a token budget, one token for each running sequence and step, KV
 blocks allocated as sequences grow, preemption by recomputation) and takes its times from a `Profile`. Nothing it
 reports is a measurement of hardware: texts begin with the word "simulated", cards say "simulated".
+
+A step takes time for the sequences that begin or end in it, not for those that merely go on, so that a laptop can
+step fleets of engines: decoding sequences all compute one token a step, so their state follows from the number of steps
+and is written down only when one of them leaves (`_Decoding`).
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from ...common.engine_card import EngineCard
 from ...common.errors import PromptRefused, SettingsError
 from ...common.schema import Sampling
 from ...common.settings import Settings, nearest
-from .base import Completion, EngineCounters, KvCache, Prompt, Rates
+from .base import Completion, EngineCounters, KvCache, Prompt, Rates, StepReport
+from .meter import Meter
 
 _ENGINE = "simulated"
 
@@ -56,6 +61,8 @@ class Profile(BaseModel):
     step_ms: float = Field(default=20.0, ge=0)
     step_ms_per_seq: float = Field(default=0.04, ge=0)
     step_ms_per_prefill_token: float = Field(default=1 / 40, ge=0)
+    # The same for each token of KV cache that the decoding sequences of a step read, which is all of their contexts.
+    step_ms_per_kv_token: float = Field(default=0.0, ge=0)
     # Output tokens before the simulated model stops by itself: lognormal, its median and the logarithm's deviation.
     output_tokens_median: float = Field(default=270.0, gt=0)
     output_tokens_sigma: float = Field(default=1.0, ge=0, le=10)
@@ -99,9 +106,18 @@ class Profile(BaseModel):
         except ValidationError as error:
             raise SettingsError(f"simulated engine: {'; '.join(map(_describe, error.errors()))}") from None
 
-    def step_time_ms(self, num_seqs: int, num_prefill_tokens: int) -> float:
-        """Milliseconds of one step."""
-        return self.step_ms + self.step_ms_per_seq * num_seqs + self.step_ms_per_prefill_token * num_prefill_tokens
+    def step_time_ms(self, num_seqs: int, num_prefill_tokens: int, num_kv_tokens: int = 0) -> float:
+        """Milliseconds of one step.
+
+        Args:
+            num_kv_tokens: tokens of the contexts of all sequences that decode in it.
+        """
+        return (
+            self.step_ms
+            + self.step_ms_per_seq * num_seqs
+            + self.step_ms_per_prefill_token * num_prefill_tokens
+            + self.step_ms_per_kv_token * num_kv_tokens
+        )
 
 
 def _describe(error: Any) -> str:
@@ -113,7 +129,10 @@ def _describe(error: Any) -> str:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Sequence:
-    """A prompt in the engine. KV is kept for all tokens but the newest, as in vLLM."""
+    """A prompt in the engine. KV is kept for all tokens but the newest, as in vLLM.
+
+    While it decodes, its numbers are what they were when it began to; `_Decoding` knows what they are.
+    """
 
     prompt: Prompt
     num_prompt_tokens: int
@@ -125,15 +144,78 @@ class _Sequence:
     num_output_tokens: int = 0
     num_computed_tokens: int = 0
     num_blocks: int = 0
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_output_tokens == 0 or self.num_pending_tokens > 1
+    # Place in the order of scheduling, among all that were ever scheduled.
+    number: int = 0
+    # While it decodes: computed tokens less the decode steps of the engine, and the decode step of its last token.
+    offset: int = 0
+    ends_at: int = 0
 
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.ends_at > 0
+
+
+class _Decoding:
+    """The sequences that compute one token in every step, as sums.
+
+    Attributes:
+        num_seqs: how many.
+        num_steps: decode steps so far.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.num_seqs = 0
+        self.num_steps = 0
+        self._block_size = block_size
+        # Sequences by offset modulo block size: those of one number fill their blocks in the same step.
+        self._num_seqs_by_phase = [0] * block_size
+        self._sum_offsets = 0
+        # Decode step -> sequences that were to end in it when they came.
+        self._ending: dict[int, list[_Sequence]] = {}
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Computed tokens of them all."""
+        return self._sum_offsets + self.num_seqs * self.num_steps
+
+    @property
+    def num_blocks_to_allocate(self) -> int:
+        """Blocks that the next step takes: one for each sequence whose blocks are full."""
+        return self._num_seqs_by_phase[-self.num_steps % self._block_size]
+
+    def add(self, seq: _Sequence) -> None:
+        """A sequence that has one token to compute, whose sampling gives the next."""
+        seq.offset = seq.num_computed_tokens - self.num_steps
+        seq.ends_at = self.num_steps + len(seq.output_ids) - seq.num_output_tokens
+        self._count(seq, 1)
+        self._ending.setdefault(seq.ends_at, []).append(seq)
+
+    def remove(self, seq: _Sequence) -> None:
+        """Takes a sequence out and brings its numbers up to date."""
+        computed = seq.offset + self.num_steps
+        seq.num_output_tokens += computed - seq.num_computed_tokens
+        seq.num_computed_tokens = computed
+        seq.num_blocks = -(-computed // self._block_size)
+        seq.ends_at = 0  # what is left in _ending is known by this
+        self._count(seq, -1)
+
+    def _count(self, seq: _Sequence, change: int) -> None:
+        self.num_seqs += change
+        self._sum_offsets += change * seq.offset
+        self._num_seqs_by_phase[seq.offset % self._block_size] += change
+
+    def step(self) -> list[_Sequence]:
+        """One token for each; takes out those that end with it, in the order of their scheduling."""
+        self.num_steps += 1
+        ended = [seq for seq in self._ending.pop(self.num_steps, ()) if seq.ends_at == self.num_steps]
+        for seq in ended:
+            self.remove(seq)
+        return sorted(ended, key=lambda seq: seq.number)
 
 
 class SimulatedEngine:
@@ -152,10 +234,14 @@ class SimulatedEngine:
         self._profile = profile
         self._card = card
         self._waiting: deque[_Sequence] = deque()
-        # In order of scheduling: the last is the first to be preempted.
-        self._running: list[_Sequence] = []
+        # In order of scheduling: the last is the first to be preempted. All decode but, at most, the last, which is a
+        # prompt larger than the token budget has left: nothing starts behind such a one, as the budget is used up.
+        self._running: dict[_Sequence, None] = {}
+        self._decoding = _Decoding(profile.block_size)
+        self._num_scheduled = 0
         self._num_free_blocks = profile.num_kv_blocks
         self._now_ms = 0.0
+        self._meter = Meter()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> SimulatedEngine:
@@ -211,6 +297,14 @@ class SimulatedEngine:
     def plan(self) -> None:
         """There is no model to plan for."""
 
+    @property
+    def last_step(self) -> StepReport | None:
+        return self._meter.last_step
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._meter.num_waiting_tokens
+
     def counters(self) -> EngineCounters:
         in_use = 1 - self._num_free_blocks / self._profile.num_kv_blocks
         return EngineCounters(num_preemptions=self.num_preemptions, num_compilations=0, kv_usage=in_use)
@@ -231,13 +325,14 @@ class SimulatedEngine:
 
     def add_request(self, prompt: Prompt) -> None:
         self._waiting.append(self._sequence(prompt))
+        self._meter.add(prompt.prompt_id, len(prompt.token_ids))
 
     def abort(self, prompt_ids: Sequence[str]) -> None:
         dropped = set(prompt_ids)
         self._waiting = deque(seq for seq in self._waiting if seq.prompt.prompt_id not in dropped)
         for seq in [seq for seq in self._running if seq.prompt.prompt_id in dropped]:
-            self._running.remove(seq)
-            self._free(seq)
+            self._end(seq)
+        self._meter.drop(dropped)
 
     def has_unfinished(self) -> bool:
         return bool(self._running or self._waiting)
@@ -245,19 +340,35 @@ class SimulatedEngine:
     def step(self) -> list[Completion]:
         if not self.has_unfinished():
             return []
-        profile = self._profile
-        scheduled = self._schedule()
-        num_prefill = sum(num_tokens for seq, num_tokens in scheduled if seq.is_prefilling)
-        step_ms = profile.step_time_ms(len(scheduled), num_prefill)
+        num_preemptions = self.num_preemptions
+        prefilling = self._schedule()
+        profile, decoding = self._profile, self._decoding
+        num_decoding = decoding.num_seqs
+        step_ms = profile.step_time_ms(
+            num_decoding + len(prefilling),
+            sum(num_tokens for _, num_tokens in prefilling),
+            decoding.num_kv_tokens,
+        )
         if profile.time_scale:
-            time.sleep(step_ms * profile.time_scale / 1e3)
+            try:
+                time.sleep(step_ms * profile.time_scale / 1e3)
+            except BaseException:  # a signal's: there was no such step
+                for seq, _ in reversed(prefilling):
+                    self._put_back(seq)
+                raise
         self.num_steps += 1
         self._now_ms += step_ms
-        finished = [seq for seq, num_tokens in scheduled if self._advance(seq, num_tokens)]
+        self._num_free_blocks -= decoding.num_blocks_to_allocate
+        finished = decoding.step()
+        sampled = [seq for seq, num_tokens in prefilling if self._prefill(seq, num_tokens)]
+        finished += [seq for seq in sampled if seq.num_output_tokens == len(seq.output_ids)]
         for seq in finished:
-            self._free(seq)
-        if finished:
-            self._running = [seq for seq in self._running if seq.num_output_tokens < len(seq.output_ids)]
+            self._end(seq)
+        self._meter.stepped(
+            seconds=step_ms / 1e3,
+            num_output_tokens=num_decoding + len(sampled),
+            num_preemptions=self.num_preemptions - num_preemptions,
+        )
         return [self._completion(seq) for seq in finished]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
@@ -267,12 +378,15 @@ class SimulatedEngine:
                 self.add_request(prompt)
             except PromptRefused as error:
                 completions[prompt.prompt_id] = Completion.refused(prompt, error)
+        before = self._meter.last_step
         try:
             while self.has_unfinished():
                 completions.update((done.prompt_id, done) for done in self.step())
         except BaseException:
             self.abort([prompt.prompt_id for prompt in prompts])
             raise
+        finally:
+            self._meter.last_step = before
         return [completions[prompt.prompt_id] for prompt in prompts]
 
     def close(self) -> None:
@@ -281,69 +395,78 @@ class SimulatedEngine:
     # --- what vLLM's scheduler does in a step
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
-        """Which sequences compute how many tokens in this step; allocates their blocks."""
-        budget = self._profile.max_num_batched_tokens
+        """Which sequences compute how many tokens in this step, besides those that decode; allocates their blocks.
+
+        The blocks of those that decode are left free, not yet taken.
+        """
+        profile, decoding = self._profile, self._decoding
         scheduled: list[tuple[_Sequence, int]] = []
-        num_preemptions = self.num_preemptions
-        position = 0
-        while position < len(self._running) and budget:
-            seq = self._running[position]
-            num_tokens = min(seq.num_pending_tokens, budget)
-            if not self._allocate_or_preempt(seq, num_tokens):
+        preempted = False
+        while self._running:
+            # The sequence that isn't decoding is the last: it gets what the others leave of the budget.
+            last = next(reversed(self._running))
+            num_tokens = 0
+            if not last.is_decoding:
+                num_tokens = min(last.num_pending_tokens, profile.max_num_batched_tokens - decoding.num_seqs)
+            if self._allocate(last, num_tokens):
+                if num_tokens:
+                    scheduled.append((last, num_tokens))
                 break
-            scheduled.append((seq, num_tokens))
-            budget -= num_tokens
-            position += 1
-        if self.num_preemptions > num_preemptions:
+            self._put_back(last)
+            self.num_preemptions += 1
+            preempted = True
+        if preempted:
             return scheduled  # as in vLLM: nothing new starts in a step that had to take blocks away
-        while self._waiting and budget and len(self._running) < self._profile.max_num_seqs:
+        budget = profile.max_num_batched_tokens - decoding.num_seqs - sum(num_tokens for _, num_tokens in scheduled)
+        while self._waiting and budget and len(self._running) < profile.max_num_seqs:
             seq = self._waiting[0]
             num_tokens = min(seq.num_pending_tokens, budget)
             if not self._allocate(seq, num_tokens):
                 break
-            self._running.append(self._waiting.popleft())
+            self._num_scheduled += 1
+            seq.number = self._num_scheduled
+            self._running[self._waiting.popleft()] = None
             scheduled.append((seq, num_tokens))
             budget -= num_tokens
         return scheduled
 
-    def _allocate_or_preempt(self, seq: _Sequence, num_tokens: int) -> bool:
-        """Gives a running sequence its blocks, at the cost of those behind it; or takes its own, if it is the last."""
-        while not self._allocate(seq, num_tokens):
-            if self._preempt_last() is seq:
-                return False
-        return True
-
     def _allocate(self, seq: _Sequence, num_tokens: int) -> bool:
-        """Gives a sequence the blocks for its next tokens, or says that there are too few."""
+        """Gives a sequence the blocks for its next tokens, or says that too few are free beside the decoding ones'."""
         needed = -(-(seq.num_computed_tokens + num_tokens) // self._profile.block_size) - seq.num_blocks
-        if needed > self._num_free_blocks:
+        needed = needed if num_tokens else 0
+        if needed + self._decoding.num_blocks_to_allocate > self._num_free_blocks:
             return False
         seq.num_blocks += needed
         self._num_free_blocks -= needed
         return True
 
-    def _preempt_last(self) -> _Sequence:
-        """Takes the blocks of the sequence scheduled last; it starts over, but keeps its output."""
-        seq = self._running.pop()
-        self._free(seq)
+    def _put_back(self, seq: _Sequence) -> None:
+        """Takes a sequence's blocks; it starts over, before all that wait, but keeps its output."""
+        self._end(seq)
         seq.num_computed_tokens = 0
         self._waiting.appendleft(seq)
-        self.num_preemptions += 1
-        return seq
 
-    def _free(self, seq: _Sequence) -> None:
+    def _end(self, seq: _Sequence) -> None:
+        """Takes a sequence, and its blocks, from those that run."""
+        if seq.is_decoding:
+            self._decoding.remove(seq)
+        del self._running[seq]
         self._num_free_blocks += seq.num_blocks
         seq.num_blocks = 0
 
-    def _advance(self, seq: _Sequence, num_tokens: int) -> bool:
-        """Computes a sequence's tokens and samples one after the last; whether that was the end."""
+    def _prefill(self, seq: _Sequence, num_tokens: int) -> bool:
+        """Computes a sequence's tokens and samples one after the last; whether it did."""
         seq.num_computed_tokens += num_tokens
-        if seq.num_pending_tokens:
-            return False
-        seq.num_output_tokens += 1
-        if seq.num_output_tokens == 1:
-            seq.first_token_ms = self._now_ms
-        return seq.num_output_tokens == len(seq.output_ids)
+        sampled = not seq.num_pending_tokens
+        if sampled:
+            seq.num_output_tokens += 1
+            if seq.num_output_tokens == 1:
+                seq.first_token_ms = self._now_ms
+                self._meter.first_token(seq.prompt.prompt_id, self._now_ms - seq.added_ms)
+        # One token to go decodes, also where a preempted sequence's last chunk has left it.
+        if 0 < seq.num_output_tokens < len(seq.output_ids) and seq.num_pending_tokens == 1:
+            self._decoding.add(seq)
+        return sampled
 
     def _completion(self, seq: _Sequence) -> Completion:
         return Completion(

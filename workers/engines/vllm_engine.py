@@ -7,8 +7,10 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,8 +26,9 @@ from ...common.tpu_sampling import unsupported_on_tpu
 from ..logs import one_line
 from ..startup.configure import Host, configure
 from ..startup.devices import gpu_chips, tpu_chips
-from .base import Completion, EngineCounters, KvCache, Prompt
+from .base import Completion, EngineCounters, KvCache, Prompt, StepReport
 from .compilations import Compilations
+from .meter import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ _SHRINKING = (" ", "\t", "\n", "\N{MATHEMATICAL BOLD CAPITAL A}", "\N{COMBINING 
 # vLLM's metrics (vllm/v1/metrics/loggers.py) and ours, one for each engine of the process.
 _COUNTED = {
     "vllm:num_preemptions": "num_preemptions",
+    "vllm:prefix_cache_queries": "prefix_cache_queries",
     "vllm:prefix_cache_hits": "prefix_cache_hits",
     "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
     "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
@@ -80,6 +84,12 @@ class VllmEngine:
         self._compilations = Compilations(card.device) if _is_in_process(llm) else None
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
+        self._step_counts = _step_counts(llm)
+        self._meter = Meter()
+        # vLLM's states of the prompts in the meter.
+        self._prefilling: dict[str, Any] = {}
+        # When the last step ended, by time.perf_counter(); None: the engine was idle since.
+        self._step_ended: float | None = None
         # vLLM's own error is not a ValueError; wrong types and some values still raise Python's.
         self._refusals = (VLLMValidationError, ValueError, TypeError)
 
@@ -123,6 +133,15 @@ class VllmEngine:
     def plan(self) -> Plan | None:
         return self._plan
 
+    @property
+    def last_step(self) -> StepReport | None:
+        """As in `Engine`. vLLM counts a preemption when the preempted sequence has its next token."""
+        return self._meter.last_step
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._meter.num_waiting_tokens
+
     def counters(self) -> EngineCounters:
         totals: dict[str, float] = {}
         for metric in self._llm.get_metrics():
@@ -153,15 +172,18 @@ class VllmEngine:
 
     def add_request(self, prompt: Prompt) -> None:
         try:
-            self._engine.add_request(prompt.prompt_id, _input(prompt), self._params(prompt.sampling))
+            request_id = self._engine.add_request(prompt.prompt_id, _input(prompt), self._params(prompt.sampling))
         except self._refusals as error:
             # vLLM checks before it keeps anything, but its front end keeps the prompt before its core does.
             self.abort([prompt.prompt_id])
             raise PromptRefused(_one_line(error)) from error
+        self._prefilling[prompt.prompt_id] = self._engine.output_processor.request_states[request_id]
+        self._meter.add(prompt.prompt_id, len(prompt.token_ids))
 
     def abort(self, prompt_ids: Sequence[str]) -> None:
         # By the caller's ids: the ids that vLLM's add_request returns abort nothing here.
         self._engine.abort_request(list(prompt_ids))
+        self._unmeter(prompt_ids)
 
     def has_unfinished(self) -> bool:
         return bool(self._engine.has_unfinished_requests())
@@ -169,7 +191,52 @@ class VllmEngine:
     def step(self) -> list[Completion]:
         if not self.has_unfinished():  # a step of an idle engine in a process of its own would never return
             return []
-        return [_completion(output.request_id, output) for output in self._engine.step() if output.finished]
+        counts = self._step_counts
+        counts.reset()
+        # A core that runs ahead (in a process of its own, or async scheduling) may have the output at once: what took
+        # the time was before the call.
+        started = self._step_ended or time.perf_counter()
+        self._step_ended = None
+        try:
+            outputs = self._engine.step()
+        except BaseException:  # a signal's, too; no report, but what has got its first token waits no longer
+            self._unmeter(_past_prefill(self._prefilling.items()))
+            raise
+        ended = time.perf_counter()
+        self._step_ended = ended if self.has_unfinished() else None
+        finished = [output for output in outputs if output.finished]
+        self._meter_first_tokens(self._with_first_token(counts.num_first_tokens))
+        self._meter_first_tokens(output.request_id for output in finished)  # whatever vLLM has counted
+        self._meter.stepped(
+            seconds=ended - started,
+            num_output_tokens=counts.num_output_tokens,
+            num_preemptions=counts.num_preemptions,
+            num_cached_tokens=counts.num_cached_tokens,
+        )
+        return [_completion(output.request_id, output) for output in finished]
+
+    def _with_first_token(self, number: int) -> list[str]:
+        """Prompts that wait no longer, found by how many they are."""
+        if not number:
+            return []
+        # First come, first served: they are the first ones, unless one that didn't fit was passed by others.
+        found = _past_prefill(islice(self._prefilling.items(), number))
+        return found if len(found) == number else _past_prefill(self._prefilling.items())
+
+    def _meter_first_tokens(self, prompt_ids: Iterable[str]) -> None:
+        for prompt_id in prompt_ids:
+            state = self._prefilling.pop(prompt_id, None)
+            if state is None:
+                continue
+            if state.stats.num_generation_tokens:
+                self._meter.first_token(prompt_id, state.stats.first_token_latency * 1e3)
+            else:  # it failed before it had one
+                self._meter.drop([prompt_id])
+
+    def _unmeter(self, prompt_ids: Sequence[str]) -> None:
+        for prompt_id in prompt_ids:
+            self._prefilling.pop(prompt_id, None)
+        self._meter.drop(prompt_ids)
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """As in `Engine`; not while prompts of `add_request` are unfinished."""
@@ -194,6 +261,7 @@ class VllmEngine:
             return list(self._llm.generate(inputs, params, use_tqdm=False))
         except BaseException:  # a signal's, too: what stays behind would come first among the next wave's outputs
             self._engine.abort_request(list(self._engine.output_processor.request_states), internal=True)
+            self._unmeter(list(self._prefilling))
             raise
 
     def score(self, prompts: Sequence[Prompt]) -> list[tuple[list[int], list[dict[int, float]]]]:
@@ -318,6 +386,43 @@ def _card(settings: Settings, args: dict[str, Any], llm: Any, tokenizer: Any) ->
     )
 
 
+def _step_counts(llm: Any) -> Any:
+    """What vLLM counts in a step, collected from now on; it has no other way to it than its stat loggers.
+
+    Returns:
+        An object with `reset()` and num_first_tokens, num_output_tokens, num_preemptions and num_cached_tokens (of the
+        prompts that got their first token) since then.
+    """
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    class StepCounts(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM has no types here
+        def __init__(self) -> None:
+            self.reset()
+
+        def reset(self) -> None:
+            self.num_first_tokens = 0
+            self.num_output_tokens = 0
+            self.num_preemptions = 0
+            self.num_cached_tokens = 0
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            if iteration_stats is None:  # a step without outputs, such as the first half of a long prompt
+                return
+            self.num_first_tokens += len(iteration_stats.time_to_first_tokens_iter)
+            self.num_output_tokens += iteration_stats.num_generation_tokens
+            self.num_preemptions += iteration_stats.num_preempted_reqs
+            self.num_cached_tokens += iteration_stats.prompt_token_stats.cached_tokens
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    counts = StepCounts()
+    llm.llm_engine.logger_manager.stat_loggers.append(counts)
+    return counts
+
+
 def _is_in_process(llm: Any) -> bool:
     """Whether vLLM's core can be looked into (INGEST_CORE=in-process)."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")
@@ -329,6 +434,7 @@ def _kv_cache(llm: Any, *, asked: str) -> KvCache:
     cache = config.cache_config
     dtypes = _read_kv_dtypes(llm)
     settled = str(config.model_config.dtype) if cache.cache_dtype == "auto" else cache.cache_dtype
+    groups = _kv_groups(llm)
     return KvCache(
         dtype=", ".join(kv_dtype_name(dtype, settled) for dtype in dtypes or [settled]),
         is_read=bool(dtypes),
@@ -337,7 +443,42 @@ def _kv_cache(llm: Any, *, asked: str) -> KvCache:
         block_size=cache.block_size,
         num_tokens=cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size,
         prefix_caching=cache.enable_prefix_caching,
+        groups=tuple(window for window, _ in groups),
+        group_block_sizes=tuple(block_size for _, block_size in groups),
+        max_concurrent_steps=config.max_concurrent_batches,
+        # The step's own speculative tokens, and those that a draft model writes ahead.
+        num_lookahead_tokens=config.num_speculative_tokens + config.num_lookahead_tokens,
+        num_null_blocks=1,
     )
+
+
+def _kv_groups(llm: Any) -> list[tuple[int | None, int]]:
+    """Window and block size of each group of layers, from the core; a guess that is large enough where it can't say."""
+    client = llm.llm_engine.engine_core
+    try:
+        # Kept by vLLM for others who ask from outside, and called by name as they do.
+        told = (
+            client.engine_core.get_kv_cache_group_metadata()
+            if _is_in_process(llm)
+            else client.call_utility("get_kv_cache_group_metadata")
+        )
+        # A layer of another kind may have a window and keep everything all the same.
+        groups = [
+            (group["sliding_window"] if group["kind"] == "sliding_window" else None, int(group["block_size"]))
+            for group in told
+        ]
+    except Exception as error:
+        logger.warning("the groups of the KV cache can't be read: %s", one_line(str(error)))
+        groups = []
+    return groups or _guessed_kv_groups(llm)
+
+
+def _guessed_kv_groups(llm: Any) -> list[tuple[int | None, int]]:
+    """As many groups without a window as the blocks of the longest sequence stand for."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    num_blocks, num_tokens = cache.num_gpu_blocks or 0, cache.kv_cache_size_tokens or 0
+    num_groups = -(-num_blocks * cache.block_size // num_tokens) if num_tokens else 1
+    return [(None, cache.block_size)] * max(1, num_groups)
 
 
 def _read_kv_dtypes(llm: Any) -> list[str]:
@@ -413,6 +554,11 @@ def _completion(prompt_id: str, output: Any) -> Completion:
         run_ms=(ttft + metrics.last_token_ts - metrics.first_token_ts) * 1e3,
         error=f"vLLM ended the prompt with finish_reason {reason!r}" if failed else None,
     )
+
+
+def _past_prefill(states: Iterable[tuple[str, Any]]) -> list[str]:
+    """Of prompts and vLLM's states of them, those that have been prefilled, or ended without it."""
+    return [prompt_id for prompt_id, state in states if not state.is_prefilling]
 
 
 def _scored(sequence: Any) -> tuple[list[int], list[dict[int, float]]]:
