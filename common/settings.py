@@ -14,9 +14,11 @@ from functools import cache
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import SettingsError
+from .presets import TIERS
 
 _PREFIX = "INGEST_"
 _ENGINE_PREFIX = "INGEST_ENGINE_"
@@ -26,6 +28,13 @@ _MAX_TTL = 10 * 365 * 86400
 
 # Documents that one worker may hold: one call of a script leases them all.
 MAX_IN_FLIGHT = 4096
+
+# Tokens and documents that are counted in Redis, over a fleet: what a Lua number and a C long hold on every machine.
+_MAX_COUNT = 2**31 - 1
+
+# Of queues and tenants; "@" is what joins the two.
+_NAME = r"^[A-Za-z0-9_.:-]+$"
+_MAX_NAME_LENGTH = 128
 
 
 class Settings(BaseModel):
@@ -37,13 +46,15 @@ class Settings(BaseModel):
     # Redis or Valkey. RQ's own variable, so that `rq` and `ingestq` agree.
     redis_url: str = "redis://localhost:6379/0"
     # The RQ queue.
-    queue: str = Field(default="ingest", pattern=r"^[A-Za-z0-9_.:-]+$", max_length=128)
+    queue: str = Field(default="ingest", pattern=_NAME, max_length=_MAX_NAME_LENGTH)
     # Local folder or hub id of the model that the worker loads.
     model: str | None = None
     # The name by which requests ask for that model; default: `model` itself.
     model_name: str | None = None
 
     # --- producer
+    # In whose turn documents run, unless `enqueue` says otherwise; None: in nobody's.
+    tenant: str | None = Field(default=None, pattern=_NAME, max_length=_MAX_NAME_LENGTH)
     # What `enqueue` waits for: memory (the server has it), aof (its disk has it), replica (a replica has it).
     durability: Literal["memory", "aof", "replica"] = "memory"
     # UTF-8 bytes of one document's text. A 64 KB text costs 97 KB in Redis (measured, notes on RQ).
@@ -69,11 +80,26 @@ class Settings(BaseModel):
     feed: Literal["continuous", "generate"] = "continuous"
     # Where vLLM's engine core runs. The default was chosen by measurement (README, "Measured").
     core: Literal["in-process", "own-process"] = "in-process"
-    # Documents that this worker may hold leases on. 0: 1.1 times the engine's max_num_seqs, so that a free sequence
-    # always has a successor waiting in the engine.
+    # The tier of service (common/presets.py): what the four settings below are where they aren't set.
+    preset: Literal["interactive", "standard", "batch", "long-context"] = "batch"
+    # Documents that this worker may hold leases on. 0: the preset's ceiling, but no more than a tenth above the
+    # engine's max_num_seqs, so that a free sequence always has a successor at hand.
     max_in_flight: int = Field(default=0, ge=0, le=MAX_IN_FLIGHT)
+    # What the limit on documents in flight doesn't give way below, after preemptions and errors. 0: the preset's floor.
+    min_in_flight: int = Field(default=0, ge=0, le=MAX_IN_FLIGHT)
     # Documents leased over all workers of the queue. 0: no bound.
-    max_in_flight_fleet: int = Field(default=0, ge=0, le=2**31 - 1)
+    max_in_flight_fleet: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    # KV tokens (of prompt and expected output) that this worker may have reserved. 0: what the engine's KV cache holds,
+    # and a tenth more for those that wait for it.
+    max_kv_tokens: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    # KV tokens reserved over all workers of the queue. 0: no bound.
+    max_kv_tokens_fleet: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    # Milliseconds from the engine's add_request to the first token. None: the preset's; 0: no bound.
+    ttft_sla_ms: float | None = Field(default=None, ge=0, le=86400e3, allow_inf_nan=False)
+    # Of the documents, the share for which that is to hold.
+    ttft_percentile: float = Field(default=0.95, ge=0.5, le=0.999)
+    # Of the tokens that a worker of several queues leases, the share of all but the first while they have documents.
+    lower_share: float = Field(default=0.0, ge=0, lt=1)
     # Seconds after which the lease of a lost worker is taken over.
     lease_ttl: float = Field(default=60.0, ge=1.0, le=3600.0)
     # Workers that a document may take down with it, or lose, before it is failed.
@@ -92,6 +118,20 @@ class Settings(BaseModel):
 
     # `INGEST_ENGINE_*`, in the engine's own argument names.
     engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("min_in_flight")
+    @classmethod
+    def _floor_is_below_ceiling(cls, floor: int, info: ValidationInfo) -> int:
+        # Fields are validated in their order: what is wrong already is missing here, and said by itself.
+        if {"preset", "max_in_flight"} <= info.data.keys():
+            tier = TIERS[info.data["preset"]]
+            ceiling, whose = info.data["max_in_flight"], "INGEST_MAX_IN_FLIGHT"
+            if not ceiling:
+                ceiling, whose = tier.ceiling, f"the ceiling of INGEST_PRESET={tier.name}"
+            if floor > ceiling:
+                told = {"ceiling": ceiling, "whose": whose}
+                raise PydanticCustomError("floor", "{whose} is {ceiling}; lower the one or raise the other", told)
+        return floor
 
     @property
     def served_model(self) -> str:
@@ -132,6 +172,11 @@ def variables() -> dict[str, str]:
     return {
         f"{_PREFIX}{name.upper()}": name for name in Settings.model_fields if name not in ("redis_url", "engine_args")
     }
+
+
+def is_queue_name(name: str) -> bool:
+    """Whether a queue or a tenant may be called that."""
+    return len(name) <= _MAX_NAME_LENGTH and re.fullmatch(_NAME, name) is not None
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -1,8 +1,4 @@
-"""The article's tiers of service as presets of `ingestq plan`, each with the promise that the plan then checks.
-
-Source: the article "KV FP8 with Gemma4 26B" that the project started from, its decision matrix. What the tiers promise
-of v6e-4 with Gemma 4 26B at 16k is judged by `ingestq plan --article`.
-"""
+"""The tiers of service as presets of `ingestq plan`, each with the promise that the plan then checks."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from dataclasses import dataclass
 
 from ..common.planner.plan import Plan
 from ..common.planner.rates import mean_ttft_seconds
+from ..common.presets import TIERS
 from .units import bounds
 
 
@@ -32,12 +29,21 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(name="interactive", max_num_seqs=8, max_ttft_ms=1500),
-        Preset(name="standard", max_num_seqs=64, max_ttft_ms=2100),
-        # The tier's 128 to 1024, which `make_plan` suggests as far as they are resident.
+        Preset(
+            name="interactive",
+            max_num_seqs=TIERS["interactive"].ceiling,
+            max_ttft_ms=TIERS["interactive"].ttft_sla_ms,
+        ),
+        Preset(name="standard", max_num_seqs=TIERS["standard"].ceiling, max_ttft_ms=TIERS["standard"].ttft_sla_ms),
+        # `make_plan` suggests the tier's 128 to 1024 as far as they are resident.
         Preset(name="batch"),
         # Prompts of 24k to 28k, with headroom for the output up to the article's max_model_len.
-        Preset(name="long-context", max_num_seqs=32, prompt_tokens=28 * 1024, max_model_len=33280),
+        Preset(
+            name="long-context",
+            max_num_seqs=TIERS["long-context"].ceiling,
+            prompt_tokens=28 * 1024,
+            max_model_len=33280,
+        ),
     )
 }
 

@@ -6,7 +6,27 @@ from ingestq.common.planner.hardware import machine
 from ingestq.common.planner.model_layout import load_layout
 from ingestq.common.planner.plan import EngineShape, Plan, Workload, make_plan
 from ingestq.common.planner.rates import mean_ttft_seconds
+from ingestq.common.presets import TIERS
+from ingestq.common.settings import MAX_IN_FLIGHT, Settings
 from ingestq.producer.presets import PRESETS, max_in_flight_within
+
+
+def test_the_tiers_are_the_articles():
+    assert {name: (tier.floor, tier.ceiling, tier.ttft_sla_ms) for name, tier in TIERS.items()} == {
+        "interactive": (1, 8, 1500),
+        "standard": (32, 64, 2100),
+        "batch": (128, 1024, None),
+        "long-context": (16, 32, None),
+    }
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_what_is_planned_is_what_a_worker_keeps_to(name):
+    tier = TIERS[name]
+    assert Settings.from_env({"INGEST_PRESET": name}).preset == tier.name
+    assert tier.ceiling <= MAX_IN_FLIGHT
+    assert PRESETS[name].max_num_seqs in (tier.ceiling, None)
+    assert PRESETS[name].max_ttft_ms == tier.ttft_sla_ms
 
 
 def plan_of(prompt_tokens: int, chips: str = "v6e-4", **more: int) -> Plan:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ingestq.common.errors import SettingsError
-from ingestq.common.settings import Settings, variables
+from ingestq.common.settings import Settings, is_queue_name, variables
 
 
 def test_every_variable_sets_its_field() -> None:
@@ -59,11 +59,45 @@ def test_an_unknown_variable_like_no_other_is_refused_too() -> None:
         ("INGEST_FAILURE_TTL", "9" * 18),
         ("INGEST_GROUP_TTL", "9" * 18),
         ("INGEST_MAX_IN_FLIGHT_FLEET", "9" * 18),
+        ("INGEST_MAX_KV_TOKENS", "-1"),
+        ("INGEST_MAX_KV_TOKENS_FLEET", "9" * 18),
+        ("INGEST_PRESET", "best"),
+        ("INGEST_TTFT_SLA_MS", "nan"),
+        ("INGEST_TTFT_SLA_MS", "-1"),
+        ("INGEST_TTFT_PERCENTILE", "95"),
+        ("INGEST_LOWER_SHARE", "1"),
+        ("INGEST_TENANT", "a@b"),
     ],
 )
 def test_a_malformed_value_is_refused_with_variable_and_value(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=rf"^{variable}='{value}': "):
         Settings.from_env({variable: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({"INGEST_MAX_IN_FLIGHT": "50"}, "INGEST_MAX_IN_FLIGHT is 50"),
+        ({"INGEST_PRESET": "interactive"}, "the ceiling of INGEST_PRESET=interactive is 8"),
+    ],
+)
+def test_a_floor_above_the_ceiling_is_refused_with_both(settings: dict[str, str], bound: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^INGEST_MIN_IN_FLIGHT='51': {bound}; lower the one or raise the other$"):
+        Settings.from_env({**settings, "INGEST_MIN_IN_FLIGHT": "51"})
+
+
+def test_a_limit_below_the_presets_floor_is_no_contradiction() -> None:
+    # Hard limits come before the floor.
+    assert Settings.from_env({"INGEST_PRESET": "batch", "INGEST_MAX_IN_FLIGHT": "8"}).max_in_flight == 8
+    assert Settings.from_env({"INGEST_MIN_IN_FLIGHT": "8", "INGEST_MAX_IN_FLIGHT": "8"}).min_in_flight == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("ingest-high", True), ("a:b.c_d", True), ("", False), ("a@b", False), ("a\n", False), ("a" * 129, False)],
+)
+def test_queues_and_tenants_have_plain_names(name: str, is_one: bool) -> None:
+    assert is_queue_name(name) is is_one
 
 
 def test_a_setting_given_in_code_is_checked_as_well() -> None:
