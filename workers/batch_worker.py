@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from queue import Empty
 from typing import Any
 
 from redis import Redis
@@ -35,18 +34,21 @@ from ..common.engine_config import with_model
 from ..common.errors import SettingsError
 from ..common.machine_health import record_failure, record_success
 from ..common.serializer import OrjsonSerializer
-from ..common.settings import Settings
+from ..common.settings import Settings, is_queue_name
 from . import preemption, processes
-from .courier import Courier, Stop
+from .courier import Courier
 from .crash_report import CrashReport
-from .drain import DrainController, companies, default_max_in_flight
+from .drain import EngineLoad
+from .drain_bounds import drain_controller
 from .engines import load_engine
 from .engines.base import Engine
 from .feed import feed_continuously, feed_waves
 from .guardian import Guardian, Ward, portable
 from .housekeeper import Housekeeper
 from .live_card import LiveCard
+from .live_load import LiveLoad
 from .logs import described, log_where_rq_logs
+from .messages import Stop
 from .rows import RowWriter
 from .signals import SignalCount, ignore_further_signals
 from .startup.engine_start import EngineStarter
@@ -74,7 +76,7 @@ class BatchWorker(BaseWorker):
     def __init__(self, queues: Any, *args: Any, settings: Settings | None = None, **kwargs: Any) -> None:
         """
         Args:
-            queues: one queue or its name; more are refused.
+            queues: queues or their names, those to be served first before the others.
             settings: default: from the environment.
             args, kwargs: as for RQ's worker. The serializer is always ours: nothing is ever unpickled.
         """
@@ -110,16 +112,22 @@ class BatchWorker(BaseWorker):
         return connection
 
     def _checked(self, settings: Settings) -> Settings:
-        if len(self.queues) != 1:
-            names = ", ".join(self.queue_names())
-            raise SettingsError(
-                f"BatchWorker serves one queue, {len(self.queues)} were given ({names}); start one worker for each"
-            )
+        for name in self.queue_names():
+            if not is_queue_name(name):
+                raise SettingsError(
+                    f"queue {name!r}: a name has 1 to 128 letters, digits and _ . : -; tenants (queue@tenant) are "
+                    f"served with their queue"
+                )
         if self._exc_handlers:
             raise SettingsError("BatchWorker calls no exception handlers; leave out --exception-handler")
         settings = with_model(settings)
         settings.served_model  # noqa: B018  raises if there is none
-        return settings.model_copy(update={"queue": self.queues[0].name})
+        return settings.model_copy(update={"queue": self._queue_names[0]})
+
+    @property
+    def _queue_names(self) -> list[str]:
+        """Each once, in order of priority. The settings' queue is the first of them."""
+        return list(dict.fromkeys(self.queue_names()))
 
     @property
     def _machine(self) -> str:
@@ -163,7 +171,7 @@ class BatchWorker(BaseWorker):
         former, process = ((value or b"").decode(errors="replace") for value in raw)
         seconds = scripts.claim(
             self.connection,
-            self._settings.queue,
+            self._queue_names,
             worker=self.name,
             incarnation=self._incarnation,
             dead=former if processes.is_dead(process) else "",
@@ -177,26 +185,29 @@ class BatchWorker(BaseWorker):
                     f"a worker named {self.name!r} is alive; choose another name (-n). If it was lost with its "
                     f"machine, its name is free in {seconds} s"
                 )
-        returned = self._hand_back_all("its worker was lost; the next one of its name took over")
-        if returned.queued or returned.dead_lettered:
-            self.log.warning(
-                "Worker %s: took over what a lost worker of this name held: %d documents queued again, %d failed",
-                self.name,
-                returned.queued,
-                returned.dead_lettered,
-            )
+        for queue in self._queue_names:
+            returned = self._hand_back_all(queue, "its worker was lost; the next one of its name took over")
+            if returned.queued or returned.dead_lettered:
+                self.log.warning(
+                    "Worker %s: took over what a lost worker of this name held: %d documents of %s queued again, "
+                    "%d failed",
+                    self.name,
+                    returned.queued,
+                    queue,
+                    returned.dead_lettered,
+                )
 
     def register_death(self) -> None:
         """As RQ's, but also when Redis is full, and never another worker's of this name."""
-        scripts.sign_off(self.connection, self._settings.queue, worker=self.name, incarnation=self._incarnation)
+        scripts.sign_off(self.connection, self._queue_names, worker=self.name, incarnation=self._incarnation)
 
     def _record(self) -> dict[str, Any]:
         return {**self.serialize(), "process": processes.identity(os.getpid())}
 
-    def _hand_back_all(self, reason: str) -> scripts.HandedBack:
+    def _hand_back_all(self, queue: str, reason: str) -> scripts.HandedBack:
         return scripts.hand_back_all(
             self.connection,
-            self._settings.queue,
+            queue,
             failure_ttl=self._settings.failure_ttl,
             worker=self.name,
             incarnation=self._incarnation,
@@ -227,11 +238,12 @@ class BatchWorker(BaseWorker):
             self._guardian.say_ready()
             self._guardian.await_watch()  # before there are leases
             self._housekeeper.catch_up()
-            self._courier = self._new_courier(self._engine)
-            card = LiveCard(self._engine, warmed)
-            self._housekeeper.serve(self._courier, card)
+            self._courier = self._new_courier(self._engine, warmed)
+            card, load = LiveCard(self._engine, warmed), LiveLoad(self._engine, self._courier)
+            self._housekeeper.serve(self._courier, card, load)
             with suppress(RedisError):  # the housekeeper renews it
-                engine_card.publish(self.connection, self._settings.queue, self.name, card())
+                for queue in self._queue_names:
+                    engine_card.publish(self.connection, queue, self.name, card())
             self._is_clear = False
             self._courier.start()
         except BaseException as error:
@@ -246,7 +258,7 @@ class BatchWorker(BaseWorker):
             self._engine.card.engine,
             self._engine.card.device,
             self._engine.card.model,
-            self._max_in_flight(self._engine),
+            self._courier.in_flight_limit,
             warmed,
         )
 
@@ -271,7 +283,7 @@ class BatchWorker(BaseWorker):
             pid=os.getpid(),
             worker=self.name,
             incarnation=self._incarnation,
-            queue=self._settings.queue,
+            queues=tuple(self._queue_names),
             machine=self._machine,
             lease_ttl=self._settings.lease_ttl,
             worker_ttl=self.worker_ttl + 60,
@@ -290,6 +302,7 @@ class BatchWorker(BaseWorker):
         return Housekeeper(
             self._duty_connection,
             self._settings,
+            queues=self._queue_names,
             worker=self.name,
             incarnation=self._incarnation,
             worker_ttl=self.worker_ttl + 60,
@@ -302,7 +315,7 @@ class BatchWorker(BaseWorker):
             duties={self._tidy: self.maintenance_interval, self._tell_of_success: _HEALTH_LOOK},
         )
 
-    def _new_courier(self, engine: Engine) -> Courier:
+    def _new_courier(self, engine: Engine, warmed: Warmed) -> Courier:
         # RQ's command line always passes a ttl; its default is not a choice of the user's.
         chosen = self.default_result_ttl != DEFAULT_RESULT_TTL
         rows = RowWriter(
@@ -311,24 +324,17 @@ class BatchWorker(BaseWorker):
             result_ttl=self.default_result_ttl if chosen else self._settings.result_ttl,
             failure_ttl=self._settings.failure_ttl,
         )
-        max_in_flight = self._max_in_flight(engine)
-        controller = DrainController(
-            max_in_flight=max_in_flight, companies=companies(max_in_flight, self._settings.max_crashes)
-        )
-        connection = sibling(self.connection)
         return Courier(
-            connection,
+            sibling(self.connection),
             self._settings,
             engine,
-            controller,
+            drain_controller(self._settings, engine, warmed.rates),
             rows,
             self._vitals,
+            queues=self._queue_names,
             incarnation=self._incarnation,
             max_jobs=self._max_jobs,
         )
-
-    def _max_in_flight(self, engine: Engine) -> int:
-        return self._settings.max_in_flight or default_max_in_flight(engine.card.max_num_seqs)
 
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
@@ -336,7 +342,8 @@ class BatchWorker(BaseWorker):
         """Waits for the first prompt that is ready for the engine.
 
         Returns:
-            The Prompt and the queue; None when a burst has emptied the queue, or after `max_idle_time` seconds.
+            The Ready prompts to begin with and a queue; None when a burst has emptied the queues, or after
+            `max_idle_time` seconds.
         """
         courier = self._ready_courier()
         burst = timeout is None
@@ -344,8 +351,9 @@ class BatchWorker(BaseWorker):
         self.procline("Listening on " + ",".join(self.queue_names()))
         idle_since = time.monotonic()
         while True:
-            with suppress(Empty):
-                return courier.inbox.get(timeout=_LOOK), self.queues[0]
+            if courier.pool.wait(_LOOK) and (ready := courier.start_ready(EngineLoad())):
+                # One by one: the rest is started as it is admitted.
+                return ready, self.queues[0]
             if courier.failure is not None:
                 self._failure = f"the courier failed: {described(courier.failure)}"
                 raise StopRequested
@@ -362,7 +370,7 @@ class BatchWorker(BaseWorker):
                 return None
 
     def execute_job(self, job: Any, queue: Queue) -> None:
-        """Runs the engine, beginning with the Prompt `job`, until there is nothing left for it to do."""
+        """Runs the engine, beginning with the Ready prompts `job`, until there is nothing left for it to do."""
         assert self._engine is not None
         courier = self._ready_courier()
         self._state = WorkerStatus.BUSY
@@ -427,7 +435,8 @@ class BatchWorker(BaseWorker):
                     self._failure,
                     max_failures=self._settings.max_failures,
                 )
-            engine_card.withdraw(self.connection, self._settings.queue, self.name)
+            for queue in self._queue_names:
+                engine_card.withdraw(self.connection, queue, self.name)
             if self._is_clear:
                 super().teardown()
         except RedisError as error:
@@ -489,7 +498,7 @@ class BatchWorker(BaseWorker):
         """Writes the worker's record, which Redis had forgotten."""
         scripts.claim(
             self._duty_connection,
-            self._settings.queue,
+            self._queue_names,
             worker=self.name,
             incarnation=self._incarnation,
             dead="",
@@ -500,21 +509,24 @@ class BatchWorker(BaseWorker):
 
     def _tidy(self) -> None:
         """Forgets dead workers, and the registry entries of rows that have expired."""
-        queue = self.queues[0]
-        worker_registration.clean_worker_registry(queue)
+        for queue in self.queues:
+            worker_registration.clean_worker_registry(queue)
+            self._forget_expired(queue.name)
+
+    def _forget_expired(self, queue: str) -> None:
         seconds, _ = self._duty_connection.time()
         with self._duty_connection.pipeline(transaction=False) as pipeline:
-            for registry in (keys.finished(queue.name), keys.failed(queue.name)):
+            for registry in (keys.finished(queue), keys.failed(queue)):
                 pipeline.zremrangebyscore(registry, "-inf", seconds)
             # RQ's own cancel gives no time to live: there the score tells nothing.
-            pipeline.zrangebyscore(keys.canceled(queue.name), "-inf", seconds, start=0, num=1000)
+            pipeline.zrangebyscore(keys.canceled(queue), "-inf", seconds, start=0, num=1000)
             cancelled = pipeline.execute()[-1]
         with self._duty_connection.pipeline(transaction=False) as pipeline:
             for job_id in cancelled:
                 pipeline.exists(keys.job(job_id.decode(errors="replace")))
             gone = [job_id for job_id, exists in zip(cancelled, pipeline.execute(), strict=True) if not exists]
         if gone:
-            self._duty_connection.zrem(keys.canceled(queue.name), *gone)
+            self._duty_connection.zrem(keys.canceled(queue), *gone)
 
     @property
     def should_run_maintenance_tasks(self) -> bool:

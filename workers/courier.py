@@ -1,19 +1,21 @@
 """`Courier`: carries jobs from Redis to the engine and results back, in a thread of its own.
 
-The engine's step loop (feed.py) never waits for Redis or for a tokenizer: it takes ready prompts from `inbox` and
-posts what became of them to the courier's mailbox. All of the worker's lease book-keeping happens on this thread;
-other threads only post messages.
+The engine's step loop (feed.py) never waits for Redis or for a tokenizer: it starts prompts out of the pool of ready
+ones and posts what became of them to the courier's mailbox. All of the worker's lease book-keeping happens on this
+thread; other threads only post messages, and ask the drain controller under its lock.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Literal, cast
 
@@ -22,15 +24,20 @@ from redis.exceptions import RedisError
 
 from ..common import keys, scripts
 from ..common.connections import SOCKET_TIMEOUT
-from ..common.errors import DocumentError, DocumentTimeout, InvalidJob, PromptRefused
-from ..common.schema import IngestRequest
-from ..common.scripts import Finish, LeasedJob
+from ..common.errors import DocumentError, DocumentTimeout, PromptRefused
+from ..common.scripts import Admission, Finish, JobNeeds, LeasedJob, Need
 from ..common.settings import Settings
-from .drain import DrainController
-from .engines.base import Completion, Engine, Prompt
+from .drain import DrainController, EngineLoad, StartGate
+from .engines.base import Completion, Engine, StepReport
+from .holdings import Held, Holdings
+from .intake import Intake
+from .leaser import Leaser
 from .logs import one_line
+from .messages import Completed, Lost, Message, Started, Stop
 from .outbox import Outbox
-from .prompts import ANY_MODEL, NewerSchema, build_prompt, needs_of, parse_request
+from .pool import Ready, ReadyPool
+from .prompts import ANY_MODEL, NewerSchema
+from .queue_shares import QueueShares
 from .rows import RowWriter
 from .vitals import Duty, Vitals
 
@@ -46,48 +53,27 @@ _BUSY_LOOK = 0.05
 # forgotten how they ended, without an error here.
 _CENSUS = 5.0
 
+# Seconds between looks at the live limits of all queues: a lease reads only those of the queue that it asks, and while
+# the limits admit nothing there is none.
+_LIMITS = 1.0
+
+# Seconds between exchanges of output lengths with the other workers: a task's first documents take longer.
+_LEARN = 5.0
+
+# The same while there is nothing to tell.
+_LEARN_IDLE = 60.0
+
+# Gates that open by this worker's own documents alone: to look again before one has ended is of no use.
+_OWN_GATES = ("worker", "kv", "head")
+
 # Seconds between attempts while Redis is away: doubled from the first up to the last.
 _OUTAGE_WAIT = (0.1, 5.0)
 
 # The same at the end, which waits for a few seconds only.
 _CLOSING_WAIT = 0.5
 
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The engine is done with a prompt, or refused it."""
-
-    prompt_id: str
-    outcome: Completion | DocumentError
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """RQ's stop-job or stop-execution command: of a job, or of one of its executions."""
-
-    job_id: str | None
-    execution_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Leases that Redis no longer knows: cancelled, deleted, or taken over."""
-
-    members: Sequence[str]
-
-
-Message = Completed | Stop | Lost
-
-
-@dataclass(slots=True)
-class _Held:
-    """A lease of this worker. Its execution id names its prompt."""
-
-    job: LeasedJob
-    # None until the job is parsed, and for good if it isn't a valid request.
-    request: IngestRequest | None = None
-    # Seconds by time.monotonic().
-    since: float = field(default_factory=time.monotonic)
+# Leases of which the time in the queue is kept, for `ingestq status`.
+_WAITS = 1000
 
 
 class Courier:
@@ -102,24 +88,37 @@ class Courier:
         rows: RowWriter,
         vitals: Vitals,
         *,
+        queues: Sequence[str] = (),
         incarnation: str = "",
         max_jobs: int | None = None,
     ) -> None:
+        """
+        Args:
+            queues: in order of priority; default: the settings' queue.
+            incarnation: tells this worker from others of its name.
+            max_jobs: documents to lease at most; None: any number.
+        """
         self._connection = connection
         self._settings = settings
         self._engine = engine
+        self._queues = list(queues) or [settings.queue]
+        # Under the lock: the step loop asks it and tells it of steps, this thread asks it what to lease.
         self._controller = controller
+        self._control = threading.Lock()
         self._rows = rows
         self._vitals = vitals
         self._incarnation = incarnation
         self._jobs_left = max_jobs
         # Prompts ready for the engine, and ids of prompts to abort in it.
-        self.inbox: SimpleQueue[Prompt] = SimpleQueue()
+        self.pool = ReadyPool(generation=max(1, controller.in_flight_limit))
         self.aborts: SimpleQueue[str] = SimpleQueue()
         self._mailbox: SimpleQueue[Message] = SimpleQueue()
-        # Prompt id -> lease, until its outcome is known; then, until its result is written.
-        self._held: dict[str, _Held] = {}
-        self._settling: dict[str, _Held] = {}
+        self.holdings = Holdings()
+        # Leased, and not yet encoded; encoded, and what they need not yet reserved; for newer workers, execution id ->
+        # schema, and not yet handed back. All of them outlast an outage of Redis.
+        self._unready: deque[LeasedJob] = deque()
+        self._unreserved: list[Ready] = []
+        self._newer: dict[str, int] = {}
         self._outbox = Outbox(
             connection,
             settings,
@@ -127,8 +126,31 @@ class Courier:
             model=engine.card.model,
             on_written=self._on_written,
         )
-        self._position = 0
+        self._intake = Intake(connection, settings, engine, self._queues, max_kv_tokens=controller.bounds.max_kv_tokens)
+        self._leaser = Leaser(
+            connection,
+            self._queues,
+            QueueShares(self._queues, settings.lower_share),
+            worker=rows.worker,
+            model=engine.card.model,
+            lease_ttl=settings.lease_ttl,
+        )
+        # What holds for every lease, and admits none.
+        self._bounds = Admission(
+            documents=0,
+            max_kv_tokens=controller.bounds.max_kv_tokens,
+            max_kv_tokens_fleet=settings.max_kv_tokens_fleet,
+            max_in_flight_fleet=settings.max_in_flight_fleet,
+            block_size=engine.kv_cache.block_size,
+        )
+        self._learned_at, self._limits_due = float("-inf"), 0.0
+        # Milliseconds in the queue of the documents leased last.
+        self.queue_waits: deque[int] = deque(maxlen=_WAITS)
+        # Documents that the engine finished, and their tokens, prompt and output.
+        self.num_finished = self.num_tokens = 0
+        # When to look next: at once, soon, or only when something changes.
         self._look: Literal["now", "soon", "idle"] = "now"
+        # Whether Redis may count leases as ours of which we know nothing: a lease call whose answer was lost.
         self._lease_unsure = False
         self._census_due = time.monotonic() + _CENSUS
         self._leasing = True
@@ -139,7 +161,9 @@ class Courier:
         self.failure: BaseException | None = None
         # Set while the queue has nothing for this worker and it holds nothing.
         self.exhausted = threading.Event()
-        # What the last look at the queue met.
+        # What keeps ready prompts out of the engine, at the last step.
+        self.start_gate: StartGate = "open"
+        # What the last look at the queues met.
         self.gate: scripts.Gate = "open"
         # Whether this engine has finished a document.
         self.proved = False
@@ -157,14 +181,61 @@ class Courier:
         self._mailbox.put(message)
 
     @property
-    def members(self) -> list[str]:
-        """The leases held, as they stand in Redis."""
-        return [held.job.member for held in [*list(self._held.values()), *list(self._settling.values())]]
-
-    @property
     def in_flight(self) -> int:
         """Leases held whose results are not written yet."""
-        return len(self._held) + len(self._settling)
+        return len(self.holdings)
+
+    @property
+    def in_flight_limit(self) -> int:
+        """Documents that may be in flight now."""
+        return self._controller.in_flight_limit
+
+    @property
+    def max_kv_tokens(self) -> dict[str, int]:
+        """Queue -> KV tokens that this worker may have reserved to lease from it, by its own bound and the queue's."""
+        own = self._bounds.max_kv_tokens
+        limits = {queue: each.max_kv_tokens for queue, each in self._leaser.limits.items()}
+        return {queue: own if limit is None else min(limit, own or limit) for queue, limit in limits.items()}
+
+    @property
+    def gates(self) -> dict[str, scripts.Gate]:
+        """Queue -> what kept jobs in it at the last look."""
+        return self._leaser.gates
+
+    def start_ready(self, load: EngineLoad) -> list[Ready]:
+        """Takes out of the pool what the engine may start now; called by the step loop, between steps.
+
+        Args:
+            load: what the engine has already.
+        """
+        self.start_gate = "open"
+        if not self.pool:
+            return []
+
+        def may_start(ready: Ready) -> bool:
+            nonlocal load
+            self.start_gate = self._controller.start_gate(load, ready.num_prompt_tokens, ready.num_blocks)
+            if self.start_gate != "open":
+                return False
+            load = load.plus(ready.num_prompt_tokens, ready.num_blocks)
+            return True
+
+        with self._control:
+            started = self.pool.take(may_start)
+        if started:
+            self.post(Started())
+        return started
+
+    def observe(self, report: StepReport) -> None:
+        """Tells the controller of a step; called by the step loop."""
+        with self._control:
+            self._controller.observe(report, limit_used=self.in_flight >= self._controller.in_flight_limit)
+
+    @contextmanager
+    def controller(self) -> Iterator[DrainController]:
+        """The controller, held still while it is looked at."""
+        with self._control:
+            yield self._controller
 
     @property
     def full(self) -> bool:
@@ -221,12 +292,14 @@ class Courier:
                 self._read_mail()
                 self._write()
                 self._end_late()
+                self._learn()
                 self._take()
                 wait = _OUTAGE_WAIT[0]
                 self._rest()
             except RedisError as error:
                 self._log_outage(error, wait)
                 self._lease_unsure = True
+                self._look = "soon"  # a wave doesn't wait for it
                 self._pause(wait)
                 wait = min(2 * wait, _OUTAGE_WAIT[1])
             except BaseException as error:
@@ -260,24 +333,39 @@ class Courier:
             self._read_mail(timeout=_IDLE_LOOK if self._look == "idle" else _BUSY_LOOK)
         elif not self._room:
             self._closing.wait(_BUSY_LOOK)  # no work is wanted, so no token is taken from those who want it
-        elif self._position:
+        elif self._leaser.is_searching:
             self._closing.wait(_BUSY_LOOK)  # jobs of other models are in the way: look further
         else:
-            self._connection.blpop([keys.wake(self._settings.queue, self._engine.card.model)], timeout=_IDLE_LOOK)
+            tokens = [keys.wake(queue, self._engine.card.model) for queue in self._queues]
+            self._connection.blpop(tokens, timeout=_IDLE_LOOK)
+
+    def _admission(self) -> Admission:
+        """What may be leased now."""
+        if not self._leasing:
+            return self._bounds
+        with self._control:
+            want = self._controller.admit(
+                in_flight=self.in_flight,
+                num_ready=len(self.pool),
+                ready_tokens=self.pool.num_tokens,
+                waiting_tokens=self._engine.num_waiting_tokens,
+                jobs_left=self._jobs_left,
+            )
+        return replace(self._bounds, documents=want.documents, prompt_tokens=want.prompt_tokens)
 
     @property
     def _room(self) -> int:
-        if not self._leasing:
-            return 0
-        return self._controller.admit(in_flight=self.in_flight, jobs_left=self._jobs_left)
+        return self._admission().documents
 
     def _finish_up(self) -> None:
         """The end: what the engine finished is written, the rest goes back."""
         self._read_mail()
         self._write()
         self._hand_back_unstarted()  # the engine never saw them
-        self._hand_back(list(self._held.values()), self._crash)
+        self._hand_back(list(self.holdings.open.values()), self._crash)
         self._give_up_unknown_leases()
+        with suppress(RedisError):  # the fleet's loss, no document's
+            self._intake.learn()
 
     # --- results
 
@@ -292,27 +380,57 @@ class Courier:
     def _handle(self, message: Message) -> None:
         match message:
             case Completed(prompt_id, outcome):
-                if held := self._held.get(prompt_id):
+                if held := self.holdings.open.get(prompt_id):
+                    self._count(held.job, outcome)
                     self._settle(self._rows.ended(held.job, held.request, outcome))
+            case Started():
+                self._look = "now"
             case Stop(job_id, execution_id):
-                for prompt_id, held in list(self._held.items()):
+                for prompt_id, held in list(self.holdings.open.items()):
                     if held.job.job_id == job_id and execution_id in (None, prompt_id):
-                        self.aborts.put(prompt_id)
+                        self._abort(prompt_id)
                         self._settle(self._rows.stopped(held.job, held.request))
             case Lost(members):
                 for prompt_id in [member.partition(":")[2] for member in members]:
-                    if held := self._held.pop(prompt_id, None):
-                        self.aborts.put(prompt_id)
+                    if held := self.holdings.open.pop(prompt_id, None):
+                        self._abort(prompt_id)
                         logger.warning(
                             "job %s: the lease is gone (cancelled, deleted or taken over); aborted",
                             held.job.job_id,
                             extra={"action": "lease_lost", "job_id": held.job.job_id},
                         )
 
+    def _abort(self, prompt_id: str) -> None:
+        """Wherever the prompt is: in the pool, or in the engine already."""
+        self.pool.drop([prompt_id])
+        self.aborts.put(prompt_id)
+
+    def _count(self, job: LeasedJob, outcome: Completion | DocumentError) -> None:
+        """What a document's end says of those to come."""
+        if isinstance(outcome, DocumentError):
+            return
+        if outcome.finish_reason == "error":
+            with self._control:
+                self._controller.observe_errors(1)
+            return
+        self.num_finished += 1
+        self.num_tokens += outcome.num_prompt_tokens + len(outcome.token_ids)
+        self._intake.observe(job, len(outcome.token_ids))
+
+    def _learn(self) -> None:
+        """What outputs to expect; nothing waits for it, so that whatever Redis says to it holds up nothing."""
+        now = time.monotonic()
+        if now - self._learned_at < (_LEARN if self._intake.has_news else _LEARN_IDLE):
+            return
+        self._learned_at = now
+        try:
+            self._intake.learn()
+        except RedisError as error:
+            logger.warning("Redis: %s; output lengths are exchanged later", one_line(str(error)))
+
     def _settle(self, item: Finish) -> None:
         """The document's outcome is known: what the engine still says of it doesn't count."""
-        prompt_id = item.job.execution_id
-        self._settling[prompt_id] = self._held.pop(prompt_id)
+        self.holdings.settle(item.job.execution_id)
         self._outbox.add(item)
         self.proved |= item.kind == "S"
         if item.exception:
@@ -331,7 +449,7 @@ class Courier:
             self._look = "now"
 
     def _on_written(self, item: Finish) -> None:
-        self._settling.pop(item.job.execution_id, None)
+        self.holdings.settling.pop(item.job.execution_id, None)
 
     def _end_late(self) -> None:
         """Fails documents that have been in flight for too long."""
@@ -339,9 +457,9 @@ class Courier:
         if now < self._late_look:
             return
         self._late_look = now + _IDLE_LOOK
-        for prompt_id, held in list(self._held.items()):
+        for prompt_id, held in list(self.holdings.open.items()):
             if now - held.since > timeout:
-                self.aborts.put(prompt_id)
+                self._abort(prompt_id)
                 late = DocumentTimeout(
                     f"not done {now - held.since:.0f} s after it was leased, INGEST_DOCUMENT_TIMEOUT is {timeout:g}; "
                     f"split the document, lower max_tokens, or raise the limit"
@@ -356,90 +474,129 @@ class Courier:
             self._give_up_unknown_leases()
         if not self._leasing:
             self._hand_back_unstarted()
-        want = self._room
-        if want == 0:
+        self._ready()  # what an outage has left
+        self._heed_limits()
+        admission = self._admission()
+        if admission.documents == 0:
             self._look = "idle"
             return
-        reply = scripts.lease(
-            self._connection,
-            self._settings.queue,
-            worker=self._rows.worker,
-            model=self._engine.card.model,
-            want=want,
-            lease_ttl=self._settings.lease_ttl,
-            max_in_flight_fleet=self._settings.max_in_flight_fleet,
-            call_id=os.urandom(7).hex(),
-            company=self._controller.company(held.job.crashes for held in self._held.values()),
+        self._look = "now"
+        look = self._leaser.look(
+            admission,
+            self._intake.reservations,
+            company=self._controller.company(held.job.crashes for held in self.holdings.open.values()),
             companies=self._controller.companies,
-            position=self._position,
         )
-        adopted = self._adopt(reply.unknown)
-        searched = reply.next_position >= reply.queue_length
-        self._position = 0 if reply.jobs or adopted or searched else reply.next_position
-        self._ready(reply.jobs)
-        if self._jobs_left is not None:
-            self._jobs_left -= len(reply.jobs)
-        self.gate = reply.gate
-        if reply.gate != "open":
-            self._look = "soon"
-        elif reply.jobs or adopted:
+        self._hold(look.jobs)
+        self._ready()
+        self.gate = look.gate
+        if look.gate == "open" and (look.jobs or look.num_adopted):
             self._look = "now" if self._room else "idle"
+        elif look.gate in _OWN_GATES and self.in_flight:
+            self._look = "idle"
         else:
             self._look = "soon"
-        if reply.gate == "open" and searched and not adopted and not self.in_flight:
+        if look.gate == "open" and look.searched and not self.in_flight:
             self.exhausted.set()
         else:
             self.exhausted.clear()
 
-    def _adopt(self, unknown: Sequence[tuple[str, bytes]]) -> int:
-        """Finds out what the jobs of plain RQ clients need; the next look takes those that are ours."""
-        if not unknown:
-            return 0
-        return scripts.adopt(
-            self._connection, self._settings.queue, [(job_id, *needs_of(data)) for job_id, data in unknown]
-        )
+    def _heed_limits(self) -> None:
+        """Tells the controller what Redis admits: what a lease has just read, and now and then all of it."""
+        if time.monotonic() >= self._limits_due:
+            self._leaser.read_limits()
+            self._limits_due = time.monotonic() + _LIMITS
+        with self._control:
+            self._controller.update(self._leaser.limits.values())
 
-    def _ready(self, jobs: Sequence[LeasedJob]) -> None:
-        """Parses and encodes; a bad document fails here, alone."""
-        # All of them first: their leases are renewed while the texts are encoded.
+    def _hold(self, jobs: Sequence[LeasedJob]) -> None:
+        """Takes charge of new leases, all of them at once: they are renewed while their texts are encoded."""
         for job in jobs:
-            self._held[job.execution_id] = _Held(job)
-        newer: dict[str, int] = {}
-        for job in jobs:
-            held = self._held[job.execution_id]
-            try:
-                held.request = self._parsed(job)
-                self.inbox.put(build_prompt(held.request, job.execution_id, self._engine, self._settings.over_length))
-            except NewerSchema as error:
-                newer[job.execution_id] = error.schema
-            except DocumentError as error:
-                self._settle(self._rows.ended(job, held.request, error))
-            except BaseException as error:
-                # Whatever a tokenizer makes of a text (Rust's panics are no Exceptions), it is this document's end.
-                refusal = PromptRefused(f"{type(error).__name__} while its prompt was built")
-                self._settle(self._rows.ended(job, held.request, refusal))
-        if newer:
-            self._leave_to_newer(newer)
+            self.holdings.add(job)
+            self._unready.append(job)
+            if job.enqueued_ms is not None:
+                self.queue_waits.append(max(0, job.leased_ms - job.enqueued_ms))
+        if self._jobs_left is not None:  # only now: with none left and none held, the worker is done
+            self._jobs_left -= len(jobs)
 
-    def _parsed(self, job: LeasedJob) -> IngestRequest:
-        request = parse_request(job)
-        if request.model != self._engine.card.model:
-            raise InvalidJob(
-                f"job {job.job_id}: it was queued for {self._engine.card.model!r}, its request asks for another model; "
-                f"enqueue it anew"
+    def _ready(self) -> None:
+        """Parses and encodes what is leased, and reserves what it needs."""
+        while self._unready or self._unreserved:
+            # Not all at once: the engine may be waiting for the first of them while the last are encoded.
+            while self._unready and sum(len(ready.prompt.token_ids) for ready in self._unreserved) < self._step_tokens:
+                self._encode(self._unready.popleft())
+            self._reserve()
+        if self._newer:
+            self._leave_to_newer()
+
+    @property
+    def _step_tokens(self) -> int:
+        return self._engine.card.max_num_batched_tokens or 1
+
+    def _encode(self, job: LeasedJob) -> None:
+        """Readies one document; a bad one fails here, alone."""
+        held = self.holdings.open.get(job.execution_id)
+        if held is None:
+            return  # stopped or lost meanwhile
+        try:
+            held.request = self._intake.request(job)
+            self._unreserved.append(self._intake.ready(job, held.request, self._leaser.limits[job.queue]))
+        except NewerSchema as error:
+            self._newer[job.execution_id] = error.schema
+        except DocumentError as error:
+            self._settle(self._rows.ended(job, held.request, error))
+        except BaseException as error:
+            # Whatever a tokenizer makes of a text (Rust's panics are no Exceptions), it is this document's end.
+            refusal = PromptRefused(f"{type(error).__name__} while its prompt was built")
+            self._settle(self._rows.ended(job, held.request, refusal))
+
+    def _reserve(self) -> None:
+        """Reserves what documents really need, now that their tokens are counted; what has no room goes back."""
+        leases = [(held, ready) for ready in self._unreserved if (held := self.holdings.open.get(ready.prompt_id))]
+        for queue, part in groupby(leases, key=lambda lease: lease[0].job.queue):
+            asked = list(part)
+            words = scripts.reserve(
+                self._connection,
+                queue,
+                worker=self._rows.worker,
+                admission=self._bounds,
+                needs=[
+                    Need(held.job.member, ready.num_prompt_tokens, ready.prompt.sampling.max_tokens, ready.kv_tokens)
+                    for held, ready in asked
+                ],
             )
-        return request
+            answered = {ready.prompt_id for _, ready in asked}
+            self._unreserved = [ready for ready in self._unreserved if ready.prompt_id not in answered]
+            denied = []
+            for (held, ready), word in zip(asked, words, strict=True):
+                if word == "granted":
+                    held.kv_tokens = ready.kv_tokens
+                    self.pool.put(ready)
+                elif word == "denied":
+                    denied.append(ready.prompt_id)
+                else:
+                    self._handle(Lost([held.job.member]))
+            if denied:
+                self._hand_back_denied(denied)
+        self._unreserved.clear()
 
-    def _leave_to_newer(self, newer: dict[str, int]) -> None:
-        """Hands back jobs of schemas yet to come, marked, so that no worker of ours takes them again."""
-        # Not held any more: should a call fail, the next look for unknown leases hands them back.
-        leases = [self._held.pop(prompt_id) for prompt_id in newer]
-        scripts.adopt(
-            self._connection,
-            self._settings.queue,
-            [(held.job.job_id, ANY_MODEL, newer[held.job.execution_id]) for held in leases],
+    def _hand_back_denied(self, prompt_ids: Sequence[str]) -> None:
+        self._hand_back(self._let_go(prompt_ids))
+        logger.info(
+            "%d documents are longer than was thought, and there is no room for them yet; they went back",
+            len(prompt_ids),
+            extra={"action": "reservation_denied"},
         )
-        self._hand_back(leases)
+
+    def _leave_to_newer(self) -> None:
+        """Hands back jobs of schemas yet to come, marked, so that no worker of ours takes them again."""
+        newer = self._newer
+        leases = [held for prompt_id in newer if (held := self.holdings.open.get(prompt_id))]
+        for queue, part in groupby(leases, key=attrgetter("job.queue")):
+            needs = [JobNeeds(held.job.job_id, ANY_MODEL, newer[held.job.execution_id]) for held in part]
+            scripts.adopt(self._connection, queue, needs)
+        self._newer = {}
+        self._hand_back(self._let_go(newer))
         logger.warning(
             "%d documents wait for a newer worker: they are of schema version %d",
             len(leases),
@@ -451,22 +608,45 @@ class Courier:
 
     def _hand_back_unstarted(self) -> None:
         """What the engine hasn't taken, in one go, so that it keeps its order."""
-        unstarted = []
-        with suppress(Empty):
-            while True:
-                unstarted.append(self.inbox.get_nowait().prompt_id)
-        self._hand_back([self._held[prompt_id] for prompt_id in unstarted if prompt_id in self._held])
+        unstarted = [ready.prompt_id for ready in [*self.pool.drain(), *self._unreserved]]
+        unstarted += [job.execution_id for job in self._unready]
+        unstarted += self._newer
+        self._unreserved.clear()
+        self._unready.clear()
+        self._newer.clear()
+        self._hand_back([held for prompt_id in unstarted if (held := self.holdings.open.get(prompt_id))])
 
     def _give_up_unknown_leases(self) -> None:
         """Hands back leases that only Redis knows of, such as those of a lost answer: nobody would run them."""
-        known = set(self.members)
+        known = {job.member for job in self.holdings.jobs}
         raw = cast(set[bytes], self._connection.smembers(keys.worker_executions(self._rows.worker)))
         held = [member.decode(errors="replace") for member in raw]  # what isn't text is no lease of ours
-        self._outbox.hand_back([member for member in held if member not in known], incarnation=self._incarnation)
+        unknown = [member for member in held if member not in known]
+        for queue in self._queues:
+            if unknown:
+                scores = self._connection.zmscore(keys.started(queue), unknown)
+                here = [member for member, score in zip(unknown, scores, strict=True) if score is not None]
+                self._outbox.hand_back_members(queue, here, incarnation=self._incarnation)
+                unknown = [member for member, score in zip(unknown, scores, strict=True) if score is None]
+        # Leases of no queue any more: only their traces are left.
+        self._outbox.hand_back_members(self._queues[0], unknown, incarnation=self._incarnation)
         self._lease_unsure = False
         self._census_due = time.monotonic() + _CENSUS
 
-    def _hand_back(self, leases: Sequence[_Held], crash: str = "") -> None:
-        self._outbox.hand_back([held.job.member for held in leases], crash)
+    def _let_go(self, prompt_ids: Iterable[str]) -> list[Held]:
+        """Leases that are to be handed back, not held any more from now on, and none of those that `--max-jobs` counts.
+
+        Should a call fail, the next look for unknown leases hands them back.
+        """
+        leases = [held for prompt_id in prompt_ids if (held := self.holdings.open.get(prompt_id))]
+        if self._jobs_left is not None:
+            self._jobs_left += len(leases)
         for held in leases:
-            self._held.pop(held.job.execution_id, None)
+            del self.holdings.open[held.job.execution_id]
+        return leases
+
+    def _hand_back(self, leases: Iterable[Held], crash: str = "") -> None:
+        leases = list(leases)
+        self._outbox.hand_back([held.job for held in leases], crash)
+        for held in leases:
+            self.holdings.open.pop(held.job.execution_id, None)

@@ -82,7 +82,8 @@ class Ward:
     worker: str
     # Tells this worker from others that had or will have its name.
     incarnation: str
-    queue: str
+    # In order of priority.
+    queues: tuple[str, ...]
     machine: str
     lease_ttl: float
     # Seconds that RQ's record of the worker lasts.
@@ -264,7 +265,7 @@ class _Watch:
         try:
             scripts.renew(
                 self._redis,
-                ward.queue,
+                ward.queues,
                 worker=ward.worker,
                 incarnation=ward.incarnation,
                 lease_ttl=ward.lease_ttl,
@@ -320,19 +321,22 @@ class _Watch:
     def _try_to_bury(self, how: str, max_crashes: int) -> bool:
         ward = self._ward
         try:
-            returned = scripts.hand_back_all(
-                self._redis,
-                ward.queue,
-                failure_ttl=ward.failure_ttl,
-                worker=ward.worker,
-                incarnation=ward.incarnation,
-                max_crashes=max_crashes,
-                reason=how,
-            )
-            scripts.sign_off(self._redis, ward.queue, worker=ward.worker, incarnation=ward.incarnation)
+            returned = [
+                scripts.hand_back_all(
+                    self._redis,
+                    queue,
+                    failure_ttl=ward.failure_ttl,
+                    worker=ward.worker,
+                    incarnation=ward.incarnation,
+                    max_crashes=max_crashes,
+                    reason=how,
+                )
+                for queue in ward.queues
+            ]
+            scripts.sign_off(self._redis, ward.queues, worker=ward.worker, incarnation=ward.incarnation)
             if max_crashes:
                 phase: Phase = "run" if _READY in self._words else "start"
-                record_failure(self._redis, ward.queue, ward.machine, phase, how, max_failures=ward.max_failures)
+                record_failure(self._redis, ward.queues[0], ward.machine, phase, how, max_failures=ward.max_failures)
         except RedisError as error:
             logger.warning("Redis: %s; leases are handed back when it is there", error)
             return False
@@ -340,8 +344,8 @@ class _Watch:
             "worker %s %s; %d documents queued again, %d failed",
             ward.worker,
             how,
-            returned.queued,
-            returned.dead_lettered,
+            sum(part.queued for part in returned),
+            sum(part.dead_lettered for part in returned),
             extra={"action": "worker_lost"},
         )
         return True

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from ..common import engine_card, keys, scripts
+from ..common import engine_card, keys, scripts, worker_load
 from ..common.connections import SOCKET_TIMEOUT
 from ..common.engine_card import EngineCard
 from ..common.settings import Settings
-from .courier import Courier, Lost
+from ..common.worker_load import WorkerLoad
+from .courier import Courier
 from .guardian import Guardian
+from .messages import Lost
 from .vitals import Duty, Vitals
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ _LOOK = 0.2
 
 # Seconds between renewals of the engine card: a quarter of what it lasts.
 _CARD_INTERVAL = engine_card.CARD_TTL / 4
+
+# Seconds between reports of how busy the worker is.
+_LOAD_INTERVAL = 2.0
+
+# Seconds between checks of the reserved tokens against the leases: reading 16,000 of those takes Redis some 15 ms.
+_RECOUNT_INTERVAL = 60.0
 
 
 class Housekeeper:
@@ -46,6 +54,7 @@ class Housekeeper:
         connection: Redis,
         settings: Settings,
         *,
+        queues: Sequence[str],
         worker: str,
         incarnation: str,
         worker_ttl: int,
@@ -59,6 +68,7 @@ class Housekeeper:
     ) -> None:
         """
         Args:
+            queues: those that the worker serves.
             incarnation: tells this worker from others of its name.
             worker_ttl: seconds that RQ's record of this worker lasts without a heartbeat.
             look: called at every tick, whether Redis is there or not.
@@ -69,6 +79,7 @@ class Housekeeper:
         """
         self._connection = connection
         self._settings = settings
+        self._queues = list(queues)
         self._worker = worker
         self._incarnation = incarnation
         self._worker_ttl = worker_ttl
@@ -87,6 +98,8 @@ class Housekeeper:
             self._take_over: _TICK,
             self._promote: _TICK,
             self._publish: _CARD_INTERVAL,
+            self._publish_load: _LOAD_INTERVAL,
+            self._recount: _RECOUNT_INTERVAL,
             **duties,
         }
         self._due = dict.fromkeys(self._every, 0.0)
@@ -94,6 +107,7 @@ class Housekeeper:
         self._in_touch_since = float("-inf")
         self._courier: Courier | None = None
         self._card: Callable[[], EngineCard] | None = None
+        self._load: Callable[[], WorkerLoad] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ingestq-housekeeper", daemon=True)
 
@@ -106,9 +120,13 @@ class Housekeeper:
         self._attempt(self._take_over)
         self._attempt(self._promote)
 
-    def serve(self, courier: Courier, card: Callable[[], EngineCard]) -> None:
-        """From now on there are leases to keep and an engine to speak of; `card` says how it is at that moment."""
-        self._courier, self._card = courier, card
+    def serve(self, courier: Courier, card: Callable[[], EngineCard], load: Callable[[], WorkerLoad]) -> None:
+        """From now on there are leases to keep and an engine to speak of.
+
+        Args:
+            card, load: say how the engine is, and how busy, at the moment of asking.
+        """
+        self._courier, self._card, self._load = courier, card, load
         self._due[self._publish] = 0.0
 
     def close(self, timeout: float) -> None:
@@ -160,7 +178,7 @@ class Housekeeper:
         """Does the guardian's work, which is late: it is being started, or it hangs."""
         scripts.renew(
             self._connection,
-            self._settings.queue,
+            self._queues,
             worker=self._worker,
             incarnation=self._incarnation,
             lease_ttl=self._settings.lease_ttl,
@@ -169,9 +187,14 @@ class Housekeeper:
 
     def _notice_lost(self) -> None:
         """Finds leases that ended early; stock `Job.cancel` and `Job.delete` tell nobody."""
-        if self._courier and (members := self._courier.members):
-            scores = self._connection.zmscore(keys.started(self._settings.queue), members)
-            if gone := [member for member, score in zip(members, scores, strict=True) if score is None]:
+        if self._courier is None:
+            return
+        members: dict[str, list[str]] = {}
+        for job in self._courier.holdings.jobs:
+            members.setdefault(job.queue, []).append(job.member)
+        for queue, held in members.items():
+            scores = self._connection.zmscore(keys.started(queue), held)
+            if gone := [member for member, score in zip(held, scores, strict=True) if score is None]:
                 self._courier.post(Lost(gone))
 
     def _show_state(self) -> None:
@@ -187,10 +210,14 @@ class Housekeeper:
         """
         if time.monotonic() - self._in_touch_since < self._settings.lease_ttl / 2:
             return
+        for queue in self._queues:
+            self._take_over_of(queue)
+
+    def _take_over_of(self, queue: str) -> None:
         seconds, _ = self._connection.time()
         returned = scripts.hand_back_all(
             self._connection,
-            self._settings.queue,
+            queue,
             failure_ttl=self._settings.failure_ttl,
             max_crashes=self._settings.max_crashes,
             reason="its lease ended without a word of it or of its guardian",
@@ -207,12 +234,35 @@ class Housekeeper:
             )
 
     def _promote(self) -> None:
-        while scripts.promote(self._connection, self._settings.queue) == scripts.CHUNK:
-            pass
+        for queue in self._queues:
+            while scripts.promote(self._connection, queue) == scripts.CHUNK:
+                pass
 
     def _publish(self) -> None:
         if self._card:
-            engine_card.publish(self._connection, self._settings.queue, self._worker, self._card())
+            card = self._card()
+            for queue in self._queues:
+                engine_card.publish(self._connection, queue, self._worker, card)
+
+    def _publish_load(self) -> None:
+        if self._load:
+            worker_load.publish_load(self._connection, self._queues, self._worker, self._load())
+
+    def _recount(self) -> None:
+        """Makes the reserved tokens what the leases say, should RQ's own tools have ended some. One worker does it."""
+        for queue in self._queues:
+            if min(worker_load.live_loads(self._connection, queue), default="") != self._worker:
+                continue
+            found = scripts.recount(self._connection, queue)
+            if found.kv_tokens_counted != found.kv_tokens_held:
+                logger.warning(
+                    "queue %s: %d KV tokens were counted as reserved, its %d leases hold %d; mended",
+                    queue,
+                    found.kv_tokens_counted,
+                    found.num_leases,
+                    found.kv_tokens_held,
+                    extra={"action": "recounted"},
+                )
 
 
 def _number(raw: bytes | None) -> float:

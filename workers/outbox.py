@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from redis import Redis
 from redis.exceptions import ResponseError
 
 from ..common import scripts
 from ..common.connections import outage
-from ..common.scripts import Finish
+from ..common.scripts import Finish, LeasedJob
 from ..common.settings import Settings
 from .logs import one_line
 
@@ -73,8 +75,9 @@ class Outbox:
         return [self._finish_alone(item) for item in part]
 
     def _finish(self, part: Sequence[Finish]) -> list[scripts.Outcome]:
+        """All of them of one queue."""
         return scripts.finish(
-            self._connection, self._settings.queue, worker=self._worker, model=self._model, finishes=part
+            self._connection, part[0].job.queue, worker=self._worker, model=self._model, finishes=part
         )
 
     def _finish_alone(self, item: Finish) -> scripts.Outcome:
@@ -88,14 +91,23 @@ class Outbox:
         logger.error(
             "job %s: %s", item.job.job_id, reason, extra={"action": "result_refused", "job_id": item.job.job_id}
         )
-        self.hand_back([item.job.member], crash=reason)
+        self.hand_back([item.job], crash=reason)
         return "failed"
 
-    def hand_back(self, members: Sequence[str], crash: str = "", incarnation: str = "") -> None:
-        """Returns leases to the front of the queue in the order in which they were leased.
+    def hand_back(self, jobs: Iterable[LeasedJob], crash: str = "") -> None:
+        """Returns leases to the front of their queues in the order in which they were leased.
 
         Args:
             crash: how a worker was lost with them; "": the hand-back is no attempt.
+        """
+        for queue, part in groupby(sorted(jobs, key=attrgetter("queue")), key=attrgetter("queue")):
+            self.hand_back_members(queue, [job.member for job in part], crash)
+
+    def hand_back_members(self, queue: str, members: Sequence[str], crash: str = "", incarnation: str = "") -> None:
+        """Returns leases of one queue.
+
+        Args:
+            members: the leases as they stand in Redis.
             incarnation: this worker's: nothing is done if its name is another's by now.
         """
         # Last leased first: each call puts its jobs in front of those of the calls before it. An execution id begins
@@ -104,7 +116,7 @@ class Outbox:
         for end in range(len(members), 0, -scripts.CHUNK):
             returned = scripts.hand_back(
                 self._connection,
-                self._settings.queue,
+                queue,
                 failure_ttl=self._settings.failure_ttl,
                 members=members[max(0, end - scripts.CHUNK) : end],
                 worker=self._worker if incarnation else "",
@@ -121,10 +133,10 @@ class Outbox:
 
 
 def _head(finishes: list[Finish]) -> list[Finish]:
-    """As many as one script call takes."""
+    """As many as one script call takes: of one queue."""
     size = 0
     for count, item in enumerate(finishes[: scripts.CHUNK]):
         size += len(item.result_json)
-        if count and size > scripts.MAX_CALL_BYTES:
+        if count and (size > scripts.MAX_CALL_BYTES or item.job.queue != finishes[0].job.queue):
             return finishes[:count]
     return finishes[: scripts.CHUNK]

@@ -8,6 +8,7 @@ from redis import Redis
 
 from ingestq.common import scripts
 from ingestq.common.embedded_server import EmbeddedServer
+from ingestq.common.scripts import Admission
 from support.jobs import QUEUE, put, request, statuses
 from support.processes import WorkerProcess, wait_until
 
@@ -22,9 +23,8 @@ def test_a_lease_whose_end_redis_forgot_is_given_up(server: EmbeddedServer, redi
             QUEUE,
             worker="a",
             model="other",
-            want=1,
+            admission=Admission(documents=1),
             lease_ttl=3600.0,
-            max_in_flight_fleet=0,
             call_id="0" * 14,
         )
         assert statuses(redis, job_ids) == ["started"]

@@ -13,6 +13,7 @@ from redis.exceptions import OutOfMemoryError
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.engine_card import live_cards
+from ingestq.common.scripts import Admission
 from support.jobs import QUEUE, put, request, row, statuses
 from support.processes import WorkerProcess, wait_until
 
@@ -50,7 +51,9 @@ def test_a_worker_works_a_full_redis_off_and_is_known_meanwhile(
 def test_expired_leases_are_taken_over_in_a_full_redis(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
     job_ids = put(redis, [request(i) for i in range(20)])
     # They end when the worker is there and Redis is full; a full one refuses to let them end by hand.
-    scripts.lease(redis, QUEUE, worker="x", model="sim", want=20, lease_ttl=10, max_in_flight_fleet=0, call_id="0" * 14)
+    scripts.lease(
+        redis, QUEUE, worker="x", model="sim", admission=Admission(documents=20), lease_ttl=10, call_id="0" * 14
+    )
     with WorkerProcess(server.url, tmp_path, name="w", **SETTINGS), full(redis):
         wait_until(lambda: set(statuses(redis, job_ids)) == {"finished"}, "the other worker's are done")
 

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import pytest
@@ -29,7 +28,8 @@ from ingestq.common.schema import IngestResult, Status
 from ingestq.common.settings import Settings
 from ingestq.producer import fetch_results, iter_results
 from ingestq.workers.courier import Courier
-from ingestq.workers.drain import DrainController, companies
+from ingestq.workers.drain import EngineLoad
+from ingestq.workers.drain_bounds import drain_controller
 from ingestq.workers.engines.simulated_engine import SimulatedEngine
 from ingestq.workers.feed import feed_continuously
 from ingestq.workers.rows import RowWriter
@@ -83,8 +83,7 @@ def put_wrong(redis: Redis, key: str, kind: str) -> None:
 def new_courier(redis: Redis) -> tuple[Courier, SimulatedEngine]:
     engine = SimulatedEngine.from_settings(SETTINGS)
     rows = RowWriter(worker="w", card=engine.card, result_ttl=600, failure_ttl=600)
-    controller = DrainController(max_in_flight=64, companies=companies(64, 3))
-    return Courier(redis, SETTINGS, engine, controller, rows, Vitals.create()), engine
+    return Courier(redis, SETTINGS, engine, drain_controller(SETTINGS, engine, None), rows, Vitals.create()), engine
 
 
 def work(redis: Redis) -> None:
@@ -92,8 +91,8 @@ def work(redis: Redis) -> None:
     courier, engine = new_courier(redis)
     courier.start()
     while not courier.exhausted.is_set() and courier.failure is None:
-        with suppress(Empty):
-            feed_continuously(engine, courier, courier.inbox.get(timeout=0.002), lambda: False, lambda: None)
+        if courier.pool.wait(0.002):
+            feed_continuously(engine, courier, courier.start_ready(EngineLoad()), lambda: False, lambda: None)
     redis.delete(keys.wake(QUEUE, "sim"))
     redis.lpush(keys.wake(QUEUE, "sim"), "end the courier's wait")
     assert courier.close(30.0)

@@ -19,6 +19,7 @@ from rq import Worker
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.machine_health import read_health, record_failure
+from ingestq.common.scripts import Admission
 from ingestq.workers.processes import identity, is_dead
 from support.faulty import CHILD, LOAD_RAISES, LOAD_SECONDS, LOAD_SWALLOWS, MACHINE, ORDERS, POISONS
 from support.jobs import QUEUE, fetched, put, request, row, rq_job, statuses
@@ -59,7 +60,7 @@ def queued(redis: Redis) -> list[str]:
 
 
 def test_a_killed_workers_leases_return_at_once_in_order(server: EmbeddedServer, redis: Redis, tmp_path: Path) -> None:
-    job_ids = put(redis, [request(i, max_tokens=10_000) for i in range(300)])
+    job_ids = put(redis, [request(i, max_tokens=3_000) for i in range(300)])
     with faulty(server, tmp_path, INGEST_MAX_IN_FLIGHT="200") as worker:
         wait_until(lambda: in_flight(redis) == 200, "it is full")
         worker.signal(signal.SIGKILL)
@@ -385,7 +386,7 @@ def test_a_worker_whose_name_was_taken_stops_and_leaves_its_successor_alone(
         )
         assert claimed == 0
         successors = scripts.lease(
-            redis, QUEUE, worker="w", model="other", want=3, lease_ttl=600, max_in_flight_fleet=0, call_id="0" * 14
+            redis, QUEUE, worker="w", model="other", admission=Admission(documents=3), lease_ttl=600, call_id="0" * 14
         ).jobs
         assert worker.wait() == 0
         assert "another worker has taken this name" in worker.output
@@ -433,7 +434,7 @@ def test_start_failures_in_a_row_end_in_refusal_until_forgiven(
         wait_until(lambda: "No work is taken here" in worker.output, "the third start is not even tried")
         assert statuses(redis, job_ids) == ["queued"]
         assert redis.hget(keys.job(job_ids[0]), "attempts") is None
-        shown = run("ingestq", "status", url=server.url).stdout
+        shown = " ".join(run("ingestq", "status", url=server.url).stdout.split())
         assert "machine w: takes no work: 2 failures in a row" in shown
         assert "no such chip" in shown
 
@@ -494,7 +495,9 @@ def test_the_end_of_a_worker_in_an_outage_is_quiet_and_its_guardian_hands_back(
 
 def test_a_take_over_that_a_stalled_server_runs_late_does_nothing(redis: Redis) -> None:
     put(redis, [request(0)])
-    scripts.lease(redis, QUEUE, worker="x", model="sim", want=1, lease_ttl=-1, max_in_flight_fleet=0, call_id="0" * 14)
+    scripts.lease(
+        redis, QUEUE, worker="x", model="sim", admission=Admission(documents=1), lease_ttl=-1, call_id="0" * 14
+    )
     late = scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3, not_after=redis.time()[0] - 1)
     assert late == scripts.HandedBack()
     assert scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3, not_after=redis.time()[0] + 60).queued == 1

@@ -20,6 +20,7 @@ from ingestq.common import keys, payload, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.engine_card import live_cards
 from ingestq.common.errors import IngestqError
+from ingestq.common.scripts import Admission
 from ingestq.producer import IngestQueue, Settings, fetch_results, iter_results
 from support.echoing import ENGINE_DIES, ENGINE_ERRS, TOKENIZER_PANICS
 from support.jobs import QUEUE, fetched, put, request, row, statuses
@@ -193,7 +194,7 @@ def test_leases_that_are_none_do_not_keep_the_worker_from_taking_others_over(
 ) -> None:
     lost = put(redis, [request(0)])
     scripts.lease(
-        redis, QUEUE, worker="x", model="sim", want=1, lease_ttl=60.0, max_in_flight_fleet=0, call_id="0" * 14
+        redis, QUEUE, worker="x", model="sim", admission=Admission(documents=1), lease_ttl=60.0, call_id="0" * 14
     )
     [lease] = redis.zrange(keys.started(QUEUE), 0, -1)
     for member in (lease, "no-colon", b"\xff:\xff", ":", "a:", ":b", "a:b:c", ""):

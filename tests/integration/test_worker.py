@@ -22,6 +22,7 @@ from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.limits import AdmissionLimits, write_limits
 from ingestq.common.schema import Status
+from ingestq.common.scripts import Admission
 from support.jobs import QUEUE, fetched, put, request, row, rq_job, statuses
 from support.processes import SIMULATED, WorkerProcess, environment, run, wait_until
 
@@ -223,11 +224,11 @@ def test_one_document_wakes_one_idle_worker(server: EmbeddedServer, redis: Redis
     put(redis, [request(1), request(2), request(3)])
     woken.get(timeout=30)
     assert redis.info("clients")["blocked_clients"] == 2
-    options = {"worker": "w", "model": "sim", "lease_ttl": 60, "max_in_flight_fleet": 0, "call_id": "0" * 14}
-    scripts.lease(redis, QUEUE, want=2, **options)
+    options = {"worker": "w", "model": "sim", "lease_ttl": 60, "call_id": "0" * 14}
+    scripts.lease(redis, QUEUE, admission=Admission(documents=2), **options)
     woken.get(timeout=30)
     assert redis.info("clients")["blocked_clients"] == 1
-    scripts.lease(redis, QUEUE, want=9, **options)
+    scripts.lease(redis, QUEUE, admission=Admission(documents=9), **options)
     assert redis.llen(keys.wake(QUEUE, "sim")) == 0
 
 
@@ -267,7 +268,7 @@ def test_retries_wait_their_interval_and_need_no_scheduler(
 ) -> None:
     job_ids = put(redis, [request(0)], retries=2, retry_intervals_json="[3600]")
     reply = scripts.lease(
-        redis, QUEUE, worker="w", model="sim", want=1, lease_ttl=60, max_in_flight_fleet=0, call_id="0" * 14
+        redis, QUEUE, worker="w", model="sim", admission=Admission(documents=1), lease_ttl=60, call_id="0" * 14
     )
     item = scripts.Finish(job=reply.jobs[0], kind="F", ttl=60, result_json=b"{}", exception="EngineError: no")
     assert scripts.finish(redis, QUEUE, worker="w", model="sim", finishes=[item]) == ["scheduled"]
@@ -317,7 +318,7 @@ def test_a_warm_shutdown_finishes_what_runs_and_hands_back_the_rest(
 def test_a_second_signal_hands_back_at_once_in_order_and_uncounted(
     server: EmbeddedServer, redis: Redis, tmp_path: Path
 ) -> None:
-    job_ids = put(redis, [request(i, max_tokens=20000) for i in range(300)])
+    job_ids = put(redis, [request(i, max_tokens=4000) for i in range(300)])
 
     with WorkerProcess(server.url, tmp_path, name="a", INGEST_MAX_IN_FLIGHT="200", **SLOW) as worker:
         wait_until(lambda: running(redis) == 200, "200 are in flight")
@@ -362,7 +363,7 @@ def test_a_document_that_loses_every_worker_is_dead_lettered(redis: Redis) -> No
     job_ids = put(redis, [request(0)], group_id="g")
     for attempt in range(1, 4):
         reply = scripts.lease(
-            redis, QUEUE, worker="w", model="sim", want=1, lease_ttl=-1, max_in_flight_fleet=0, call_id="0" * 14
+            redis, QUEUE, worker="w", model="sim", admission=Admission(documents=1), lease_ttl=-1, call_id="0" * 14
         )
         assert reply.jobs[0].attempts == attempt
         returned = scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3)
@@ -376,7 +377,7 @@ def test_a_document_that_loses_every_worker_is_dead_lettered(redis: Redis) -> No
 
 def test_a_late_result_is_fenced(redis: Redis) -> None:
     job_ids = put(redis, [request(0)])
-    options = {"worker": "w", "model": "sim", "want": 1, "max_in_flight_fleet": 0}
+    options = {"worker": "w", "model": "sim", "admission": Admission(documents=1)}
     late = scripts.lease(redis, QUEUE, lease_ttl=-1, call_id="0" * 14, **options).jobs[0]
     scripts.hand_back(redis, QUEUE, failure_ttl=60, max_crashes=3)
     current = scripts.lease(redis, QUEUE, lease_ttl=60, call_id="1" * 14, **options).jobs[0]
@@ -483,7 +484,7 @@ def test_waves_of_generate_finish_everything(server: EmbeddedServer, redis: Redi
 @pytest.mark.parametrize(
     ("command", "settings", "told"),
     [
-        (["high", QUEUE], {}, "one queue, 2 were given (high, ingest)"),
+        (["ingest@acme"], {}, "queue 'ingest@acme': a name has 1 to 128 letters, digits and _ . : -; tenants"),
         ([QUEUE], {"INGEST_MODL": "x"}, "INGEST_MODL is not a setting; did you mean INGEST_MODEL?"),
         ([QUEUE], {"INGEST_LEASE_TTL": "soon"}, "INGEST_LEASE_TTL='soon'"),
         ([QUEUE], {"INGEST_ENGINE_MAX_NUM_SEQ": "8"}, "did you mean max_num_seqs?"),

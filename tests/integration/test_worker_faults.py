@@ -18,11 +18,13 @@ from rq.suspension import suspend
 from ingestq.common import keys, scripts
 from ingestq.common.embedded_server import EmbeddedServer
 from ingestq.common.limits import AdmissionLimits, read_limits, write_limits
+from ingestq.common.scripts import Admission
 from ingestq.common.settings import Settings
 from ingestq.workers.engines.base import Prompt
 from ingestq.workers.engines.simulated_engine import SimulatedEngine
 from ingestq.workers.feed import feed_continuously
 from ingestq.workers.housekeeper import Housekeeper
+from ingestq.workers.pool import Ready
 from support.faulty import DOCUMENT_ERRS, LOAD_SECONDS, STEP_RAISES, TOKENIZER_PANICS
 from support.jobs import QUEUE, fetched, put, request, row, rq_job, statuses
 from support.processes import SIMULATED, WorkerProcess, run, wait_until
@@ -45,9 +47,8 @@ def lease(redis: Redis, *, want: int = 1, lease_ttl: float = 60.0, worker: str =
         QUEUE,
         worker=worker,
         model="sim",
-        want=want,
+        admission=Admission(documents=want),
         lease_ttl=lease_ttl,
-        max_in_flight_fleet=0,
         call_id="0" * 14,
     )
     return reply.jobs
@@ -182,6 +183,7 @@ def test_leases_are_not_taken_over_right_after_an_outage(redis: Redis) -> None:
     housekeeper = Housekeeper(
         redis,
         Settings(queue=QUEUE, model="sim"),
+        queues=[QUEUE],
         worker="b",
         incarnation="",
         worker_ttl=480,
@@ -220,18 +222,29 @@ def test_a_dead_letter_is_kept_as_long_as_its_job_says(redis: Redis, ttl: int) -
 
 def test_a_prompt_cancelled_on_its_way_to_the_engine_does_not_run() -> None:
     engine = SimulatedEngine.from_settings(Settings(engine="simulated", model="sim", engine_args={"time_scale": 0}))
-    inbox: SimpleQueue[Prompt] = SimpleQueue()
+    ready = [
+        Ready(
+            prompt=Prompt(prompt_id=name, token_ids=engine.encode(name), sampling=request(0).sampling),
+            num_blocks=1,
+            expected_output=1.0,
+            kv_tokens=16,
+        )
+        for name in ("a", "b", "c")
+    ]
+    waiting = [ready[1:]]
     aborts: SimpleQueue[str] = SimpleQueue()
     completed = []
-    courier = SimpleNamespace(inbox=inbox, aborts=aborts, in_flight=0, closing=False, post=completed.append)
-    prompts = [
-        Prompt(prompt_id=name, token_ids=engine.encode(name), sampling=request(0).sampling) for name in ("a", "b", "c")
-    ]
-    inbox.put(prompts[1])
-    inbox.put(prompts[2])
+    courier = SimpleNamespace(
+        start_ready=lambda load: waiting.pop() if waiting else [],
+        aborts=aborts,
+        in_flight=0,
+        closing=False,
+        post=completed.append,
+        observe=lambda report: None,
+    )
     aborts.put("b")
 
-    feed_continuously(engine, courier, prompts[0], lambda: False, lambda: None)
+    feed_continuously(engine, courier, ready[:1], lambda: False, lambda: None)
 
     assert sorted(message.prompt_id for message in completed) == ["a", "c"]
 
@@ -287,7 +300,7 @@ def test_a_worker_that_redis_forgot_registers_again(server: EmbeddedServer, redi
 def test_results_written_at_the_last_moment_are_not_handed_back(redis: Redis) -> None:
     """A completion that is in the mail when the courier is told to close is written."""
     from ingestq.workers.courier import Completed, Courier
-    from ingestq.workers.drain import DrainController
+    from ingestq.workers.drain_bounds import drain_controller
     from ingestq.workers.rows import RowWriter
     from ingestq.workers.vitals import Vitals
 
@@ -295,10 +308,11 @@ def test_results_written_at_the_last_moment_are_not_handed_back(redis: Redis) ->
     settings = Settings(engine="simulated", model="sim", queue=QUEUE, engine_args={"time_scale": 0})
     engine = SimulatedEngine.from_settings(settings)
     rows = RowWriter(worker="a", card=engine.card, result_ttl=60, failure_ttl=60)
-    courier = Courier(redis, settings, engine, DrainController(max_in_flight=8), rows, Vitals.create())
+    courier = Courier(redis, settings, engine, drain_controller(settings, engine, None), rows, Vitals.create())
     courier.start()
     wait_until(lambda: courier.in_flight == 2, "both are leased")
-    (completion,) = engine.generate([courier.inbox.get(timeout=10)])
+    wait_until(lambda: len(courier.pool) == 2, "both are ready")
+    (completion,) = engine.generate([courier.pool.drain()[0].prompt])
     courier.post(Completed(completion.prompt_id, completion))
     courier.close(10.0)
 

@@ -1,4 +1,4 @@
-"""What fits behind a prompt, what a payload may be, and how much to lease."""
+"""What fits behind a prompt, and what a payload may be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from ingestq.common import payload
 from ingestq.common.errors import InvalidJob, PromptEmpty, PromptTooLong
 from ingestq.common.schema import IngestRequest, Sampling
-from ingestq.workers.drain import DrainController, default_max_in_flight
 from ingestq.workers.prompts import ANY_MODEL, fit, needs_of
 
 COUNTS = st.integers(0, 5000)
@@ -37,20 +36,6 @@ def test_what_fits_is_never_over_the_context_nor_cut_unasked(
 
 def test_the_exact_boundary_fits() -> None:
     assert fit(Sampling(max_tokens=24), 1000, 1024, "refuse").max_tokens == 24
-
-
-@given(st.integers(0, 4096), st.integers(0, 5000), st.none() | st.integers(0, 5000))
-def test_no_more_is_leased_than_there_is_room_for(room: int, in_flight: int, jobs_left: int | None) -> None:
-    wanted = DrainController(max_in_flight=room).admit(in_flight=in_flight, jobs_left=jobs_left)
-
-    assert wanted >= 0
-    assert wanted == 0 or in_flight + wanted <= room
-    assert jobs_left is None or wanted <= jobs_left
-
-
-@given(st.integers(1, 1024))
-def test_a_running_sequence_always_has_a_successor(max_num_seqs: int) -> None:
-    assert default_max_in_flight(max_num_seqs) > max_num_seqs
 
 
 @given(st.text(max_size=200), st.booleans())

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
-from pydantic import ValidationError
 from redis import Redis
 
-from ...common import keys, payload
-from ...common.errors import InvalidJob
+from ...common import keys
 from ...common.schema import IngestRequest
 from ..engines.base import Engine
-from ..prompts import encode
+from ..prompts import encode, read_request
 
 # Documents at the head of the queue that are looked at, and how many of them in one round trip.
 _HEAD, _CHUNK = 128, 16
@@ -75,11 +73,8 @@ def _is_worth_a_look(fields: Any, size: Any, model: str) -> bool:
 
 def _task(data: bytes, model: str) -> Task | None:
     """The task of a job's payload; None if it has none, or is none of ours to run."""
-    try:
-        request = IngestRequest.model_validate(payload.argument(data))
-    except (InvalidJob, ValidationError):
-        return None
-    if request.model != model or not (request.chat or request.system or request.instruction):
+    request = read_request(data)
+    if request is None or request.model != model or not (request.chat or request.system or request.instruction):
         return None
     return Task(request.system, request.instruction, request.chat)
 
