@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from ..common.errors import RequestRefused, ResultTimeout
 from ..common.schema import Sampling, Status
 from .cli_failed import failed
+from .cli_limits import limits
 from .cli_plan import plan
 from .cli_status import forgive, status
+from .cli_why import why
 from .command import (
     EXIT_CODES,
     Commands,
@@ -47,7 +49,7 @@ def main() -> None:
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
 
 
-for command in (plan, status, failed, forgive):
+for command in (plan, status, why, limits, failed, forgive):
     main.add_command(command)
 
 
@@ -65,6 +67,7 @@ class _Retry:
 @main.command(epilog=EXIT_CODES)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH... | -")
 @click.option("--group", metavar="NAME", help="Name of the group (default: a new one).")
+@click.option("--tenant", metavar="NAME", help="In whose turn they run (default: INGEST_TENANT, or nobody's).")
 @click.option("--model", help="The model's name as its workers serve it (default: INGEST_MODEL_NAME or INGEST_MODEL).")
 @click.option("--instruction", metavar="TEXT", help="What to do with each document; goes before its text.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
@@ -85,6 +88,7 @@ class _Retry:
 def enqueue(
     paths: tuple[str, ...],
     group: str | None,
+    tenant: str | None,
     model: str | None,
     instruction: str | None,
     system: str | None,
@@ -132,6 +136,7 @@ def enqueue(
             done = session.queue.enqueue_many(
                 requests,
                 group_id=group,
+                tenant=tenant,
                 retry=_Retry(max=retry, intervals=list(retry_interval) or [0]) if retry else None,
                 on_refused=on_refused,
                 on_progress=lambda accepted: report(accepted, None),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+import orjson
 from pydantic import ValidationError
 
 from ..common.connections import connect, durability_warnings
@@ -35,7 +36,8 @@ class ExitCode(IntEnum):
 
     # All documents accepted, all rows succeeded.
     OK = 0
-    # Some documents were refused or did not succeed, or their producer died; the rest is fine.
+    # Some documents were refused or did not succeed, or their producer died, or counts had to be mended; the rest is
+    # fine.
     DOCUMENTS = 1
     # Wrong usage, or a wrong setting.
     USAGE = 2
@@ -43,8 +45,8 @@ class ExitCode(IntEnum):
     OUTSTANDING = 3
     # Redis can't be reached or refuses to write.
     UNAVAILABLE = 4
-    # No such group.
-    UNKNOWN_GROUP = 5
+    # No such group or job.
+    UNKNOWN = 5
     # The plan doesn't fit its machine, or will miss its deadline.
     DOES_NOT_FIT = 6
     # Ctrl-C.
@@ -56,22 +58,23 @@ class ExitCode(IntEnum):
 EXIT_CODES = """\b
 Exit codes:
   0  all well
-  1  some documents were refused, failed, or were lost with their producer
+  1  some documents were refused, failed, or were lost with their producer; counts were mended
   2  wrong usage or setting
   3  some documents have no result yet
   4  Redis can't be reached or refuses to write
-  5  no such group
+  5  no such group or job
   6  the plan doesn't fit the machine, or misses its deadline
   130  interrupted; 141 if the reader of the output went away
 """
 
 _EXIT_CODE_OF: tuple[tuple[type[Exception], ExitCode], ...] = (
     (QueueUnavailable, ExitCode.UNAVAILABLE),
-    (UnknownGroup, ExitCode.UNKNOWN_GROUP),
+    (UnknownGroup, ExitCode.UNKNOWN),
     (ResultTimeout, ExitCode.OUTSTANDING),
     (ProducerLost, ExitCode.DOCUMENTS),
     (IngestqError, ExitCode.USAGE),
     (OSError, ExitCode.USAGE),  # the output file can't be written
+    (UnicodeEncodeError, ExitCode.USAGE),  # an argument is not UTF-8
 )
 
 
@@ -90,12 +93,17 @@ class Commands(click.Group):
         except Exception as error:
             from redis.exceptions import RedisError
 
-            if not isinstance(error, IngestqError | RedisError | OSError):
+            if not isinstance(error, IngestqError | RedisError | OSError | UnicodeEncodeError):
                 raise
             codes = (code for kind, code in _EXIT_CODE_OF if isinstance(error, kind))
             code = next(codes, ExitCode.UNAVAILABLE)
-            say(f"ingestq: {error}")
+            say(f"ingestq: {_told(error)}")
         ctx.exit(code)
+
+
+def _told(error: Exception) -> str:
+    # Python carries bytes of an argument that are no UTF-8 along as halves of characters.
+    return f"{error.object!r} is not UTF-8" if isinstance(error, UnicodeEncodeError) else str(error)
 
 
 def say(message: str) -> None:
@@ -135,6 +143,15 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
 def write_line(file: IO[bytes], line: bytes) -> None:
     file.write(line + b"\n")
     file.flush()
+
+
+def print_object(fields: Mapping[str, Any]) -> None:
+    """As one line of JSON."""
+    try:
+        line = orjson.dumps(fields)
+    except TypeError:  # an integer beyond 64 bits, which somebody wrote into Redis
+        line = json.dumps(fields).encode()
+    print_json(line)
 
 
 def print_json(line: bytes) -> None:

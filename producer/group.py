@@ -40,7 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 def check_name(kind: str, name: str) -> str:
-    """The name itself, if it may be one of a queue or group.
+    """The name itself, if it may be one of a queue, a group or a tenant.
 
     Raises:
         SettingsError: it may not.

@@ -21,6 +21,7 @@ from ..common.keys import group as group_key
 from ..common.schema import IngestRequest, job_id
 from ..common.scripts import EnqueueOptions, NewJob
 from ..common.settings import Settings
+from ..common.task_id import estimated_tokens, task_id
 from .bounds import check_bytes, check_context, check_sampling
 from .group import PATIENCE, check_name, new_group_id
 from .group import Group as Group
@@ -76,6 +77,10 @@ class Enqueued:
 class IngestQueue:
     """Documents into an RQ queue. A document submitted twice, by whomever, runs once.
 
+    Documents of a tenant wait in a list of their own, and tenants that have some waiting take turns by tokens, so that
+    none waits behind another's backlog. A tenant is no part of what determines the job: a document that two submit is
+    one job. It runs once, in the turn of the tenant that submitted it first, and both get its row.
+
     Args:
         name: the RQ queue; default INGEST_QUEUE.
         connection: a client that returns bytes (`decode_responses=False`); default connects to RQ_REDIS_URL.
@@ -100,21 +105,25 @@ class IngestQueue:
         self._cards_read_at = float("-inf")
         self._warned_models: set[str] = set()
 
-    def enqueue(self, request: IngestRequest, *, retry: RetryPolicy | None = None) -> Enqueued:
+    def enqueue(
+        self, request: IngestRequest, *, tenant: str | None = None, retry: RetryPolicy | None = None
+    ) -> Enqueued:
         """Accepts one document, in no group; `fetch_results([enqueued.job_id])` finds its row.
 
         Cancelling a group that has the same document leaves it running.
 
         Args:
+            tenant: in whose turn it runs, if it isn't there already: a name like a queue's; "" for nobody's. Default:
+                INGEST_TENANT.
             retry: an `rq.Retry`: what to do when the document fails; default is nothing.
 
         Raises:
-            SettingsError: `retry` has a number of attempts that is out of bounds.
+            SettingsError: the tenant's name is malformed, or `retry` has a number of attempts that is out of bounds.
             RequestRefused: the document is over a bound, or no live worker can run it.
             QueueUnavailable: it was not accepted, or perhaps was, or (NotDurable) not as INGEST_DURABILITY asks; the
                 same call again is safe.
         """
-        options = self._options("", retry)
+        options = self._options("", tenant, retry)
         job = self._prepare(request)
         barrier = self._barrier()
         outcomes = self._send([job], options)
@@ -128,6 +137,7 @@ class IngestQueue:
         requests: Iterable[IngestRequest],
         *,
         group_id: str | None = None,
+        tenant: str | None = None,
         retry: RetryPolicy | None = None,
         seal: bool = True,
         on_refused: Callable[[RequestRefused], None] | None = None,
@@ -143,13 +153,15 @@ class IngestQueue:
         Args:
             requests: any iterable. What it raises passes through, with a note on how many were accepted.
             group_id: 1 to 128 letters, digits and _ . : -; one that exists is opened and added to. Default: a new one.
+            tenant: in whose turn those run that are new: 1 to 128 of the same characters; "" for nobody's. Default:
+                INGEST_TENANT.
             retry: an `rq.Retry` for those that are new; default is none.
             seal: no more documents will come. False: the next call must come within a minute, or `Group.touch`.
             on_refused: takes the refusal of each document that is, and the call goes on without it.
             on_progress: takes the number of documents in Redis' memory so far, after each script call.
 
         Raises:
-            SettingsError: the group's id, or the number of attempts of `retry`, is out of bounds.
+            SettingsError: the name of the group or tenant, or the number of attempts of `retry`, is out of bounds.
             RequestRefused: a document is over a bound, or no live worker can run it, and there is no `on_refused`.
                 Documents before it may be accepted, see its `accepted`; none after it is.
             QueueUnavailable: Redis dropped the connection for 15 s; see its `accepted`.
@@ -162,7 +174,7 @@ class IngestQueue:
             connection=self.connection,
             settings=self.settings,
         )
-        options = self._options(group.id, retry)
+        options = self._options(group.id, tenant, retry)
         self._cards_read_at = float("-inf")
         accepted = _Accepted(on_progress)
         try:
@@ -251,6 +263,9 @@ class IngestQueue:
             data=payload.encode(request_json),
             document_id=request.document_id,
             model=request.model,
+            tokens=estimated_tokens(request),
+            max_tokens=request.sampling.max_tokens,
+            task=task_id(request),
         )
 
     def _barrier(self) -> Barrier:
@@ -261,11 +276,13 @@ class IngestQueue:
     def _send(self, jobs: Sequence[NewJob], options: EnqueueOptions) -> list[int]:
         return persist(lambda: scripts.enqueue(self.connection, self.name, jobs, options), patience=PATIENCE)
 
-    def _options(self, group_id: str, retry: RetryPolicy | None) -> EnqueueOptions:
+    def _options(self, group_id: str, tenant: str | None, retry: RetryPolicy | None) -> EnqueueOptions:
+        tenant = self.settings.tenant or "" if tenant is None else tenant
         if retry and not 1 <= retry.max <= MAX_RETRIES:
             raise SettingsError(f"retry: max is {retry.max}, the bounds are 1 and {MAX_RETRIES}")
         return EnqueueOptions(
             group_id=group_id,
+            tenant=check_name("tenant", tenant) if tenant else "",
             group_ttl=self.settings.group_ttl,
             result_ttl=self.settings.result_ttl,
             failure_ttl=self.settings.failure_ttl,

@@ -14,8 +14,9 @@ from redis import Redis
 
 from ingestq.common import keys
 from ingestq.common.embedded_server import EmbeddedServer
-from ingestq.common.engine_card import EngineCard, publish
+from ingestq.common.engine_card import publish
 from support.hand_worker import finish, lease
+from support.live_workers import card
 from support.processes import BIN, wait_until
 from support.processes import environment as clean_environment
 
@@ -284,29 +285,20 @@ def test_status_of_a_group_as_json(run, redis):
     }
 
 
-CARD = EngineCard(
-    model="m",
-    tokenizer_digest="d",
-    max_token_bytes=16,
-    max_model_len=2048,
-    max_num_seqs=16,
-    device="cpu",
-    engine="vllm 0.32.0",
-    engine_digest="e",
-    over_length="refuse",
-)
-
-
 def test_status_of_a_queue_as_json_has_its_workers_and_their_engines(run, redis):
-    publish(redis, "ingest", "w1", CARD)
+    publish(redis, "ingest", "w1", card())
     run("enqueue", "-", "--group", "g", stdin=TWO + jsonl({"text": "three"}))
     first, _ = lease(redis, want=2)
     finish(redis, [first])
     state = orjson.loads(run("status", "--json").stdout)
     [worker] = state.pop("workers")
+    assert state.pop("oldest_s") >= 0
+    assert state.pop("fleet")["in_flight"] == 1
+    assert state.pop("tenants")[""]["queued"] == 1
     assert state == {
         "queue": "ingest",
         "queued": 1,
+        "eta_s": None,
         "running": 1,
         "scheduled": 0,
         "finished": 1,
@@ -321,7 +313,7 @@ def test_status_of_a_queue_as_json_has_its_workers_and_their_engines(run, redis)
 
 
 def test_status_for_people_can_not_drive_their_terminal(run, redis):
-    publish(redis, "ingest", "w1\x1b[31m", CARD)
+    publish(redis, "ingest", "w1\x1b[31m", card())
     done = run("status")
     assert "\x1b" not in done.stdout
     assert "w1\\x1b[31m: m on cpu, vllm 0.32.0, max_model_len 2048" in done.stdout
@@ -391,7 +383,7 @@ def test_wrong_usage_is_exit_code_2(run, arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["enqueue", "results", "status", "cancel"])
+@pytest.mark.parametrize("command", ["enqueue", "results", "status", "why", "cancel"])
 def test_help_names_the_exit_codes(run, command):
     assert "3  some documents have no result yet" in run(command, "--help").stdout
 
@@ -446,7 +438,7 @@ def test_rows_on_a_terminal_carry_no_control_characters(run, redis, environment)
 
 
 def test_a_state_on_a_terminal_carries_no_control_characters(redis, environment):
-    publish(redis, "ingest", "red \x1b[31m \x9b31m \u202e \U000e0001", CARD)
+    publish(redis, "ingest", "red \x1b[31m \x9b31m \u202e \U000e0001", card())
     output = run_on_terminal(environment, "status", "--json")
     assert all(char.isprintable() or char in "\r\n" for char in output)
     assert orjson.loads(output)["workers"][0]["name"] == "red \x1b[31m \x9b31m \u202e \U000e0001"

@@ -115,6 +115,8 @@ def test_the_reading_commands_need_no_more(queue: IngestQueue, redis: Redis, rea
         (("results", "g"), 3),  # without waiting, a sweep is not waited for
         (("status",), 0),
         (("status", "g", "--json"), 0),
+        (("limits",), 0),
+        (("why", id_of("b")), 0),
         (("failed", "list"), 0),
         (("failed", "show", id_of("b")), 0),
     ):
