@@ -11,6 +11,10 @@ SEED ?= 1
 ROUNDS ?= 5
 FULL ?= 0
 
+# Of bench-drain: documents of its longest run, a fifth of them in the others, and the folder of the plots.
+DOCUMENTS ?= 100000
+PLOTS ?= $(VENV)/bench-drain
+
 venv := $(abspath $(VENV))
 python := $(venv)/bin/python
 venv_tpu := $(abspath $(VENV_TPU))
@@ -19,7 +23,7 @@ sources := $(shell find common producer workers -name __pycache__ -prune -o -pri
 # Caches stay where the environment is, so that `make clean` and a fresh clone mean what they say.
 export MYPY_CACHE_DIR := $(venv)/.mypy_cache
 
-.PHONY: help setup demo test test-tpu check acceptance bench bench-feed bench-queue bench-faults clean
+.PHONY: help setup demo test test-tpu check acceptance bench bench-feed bench-queue bench-faults bench-drain clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,7 +84,7 @@ acceptance: setup ## what the owner of a machine runs once (deploy/RUNBOOK.md), 
 	    --model "$$(PYTHONPATH=tests:deploy $(python) -c 'from support.models import tiny_gemma4; print(tiny_gemma4())')" \
 	    --engine-config deploy/engines/cpu.yaml --prompt-tokens 64 --output-tokens 16 -o $(venv)/acceptance.md
 
-bench: bench-feed bench-queue bench-faults ## all the measurements
+bench: bench-feed bench-queue bench-faults bench-drain ## all the measurements
 
 bench-feed: setup ## engine steps and time through the queue, against one bare LLM.generate call
 	@PYTHONPATH=tests:deploy $(python) tests/benchmarks/bench_feed.py
@@ -90,6 +94,15 @@ bench-queue: setup ## jobs per second and Redis time per job
 
 bench-faults: setup ## faults of every kind: what is lost, doubled, and how fast it recovers (SEED, ROUNDS, FULL=1)
 	@PYTHONPATH=tests:deploy SEED=$(SEED) ROUNDS=$(ROUNDS) FULL=$(FULL) $(python) tests/benchmarks/bench_faults.py
+
+# What the plots need, which nothing else does.
+$(venv)/.bench: $(venv)/.installed
+	@$(venv)/bin/uv pip install --quiet --python $(python) --constraint deploy/constraints.txt \
+	    --requirements pyproject.toml --extra bench
+	@touch $@
+
+bench-drain: $(venv)/.bench ## the drain controller over simulated fleets, with plots (DOCUMENTS, PLOTS): about 20 minutes
+	@PYTHONPATH=tests:deploy DOCUMENTS=$(DOCUMENTS) PLOTS=$(PLOTS) $(python) tests/benchmarks/bench_drain.py
 
 clean: ## remove the virtual environment and everything built
 	rm -rf $(venv) $(venv_tpu) build ingestq.egg-info .hypothesis .pytest_cache .ruff_cache

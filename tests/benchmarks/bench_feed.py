@@ -6,6 +6,10 @@ Modes, alternating, REPEATS times (default 3), medians:
 - waves: the same with INGEST_FEED=generate.
 Then once each with 128 leased, and with 1,024 over a larger set of short documents.
 
+At last a mixture of tasks (mixture.py), longest expected work first against the order of arrival: `longest_first_steps`
+is the latter's steps over the former's, the least of all pairs, so more than 1 is a gain. Output lengths are learned: by the documents before
+in the same run, and, where it says `known`, by a run of others of these tasks on the same server before.
+
 Everything is taken at vLLM's own `LLMEngine.step`. `step_share` is the time inside it over the time from the first
 step's start to the last one's end; a worker's start and end are left out. CPU is this process's, from the first
 document to the worker's end.
@@ -28,10 +32,13 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
 from typing import Any
 
+from lengths import long_tailed
+from mixture import arrival_order, mixture
 from passages import reference
 from redis import Redis
 from report import conclude, print_table
@@ -42,11 +49,17 @@ from ingestq.producer import IngestQueue, IngestRequest, Sampling, iter_results
 from ingestq.workers import BatchWorker
 from ingestq.workers.engines.base import Completion, Prompt
 from ingestq.workers.engines.vllm_engine import VllmEngine
+from ingestq.workers.prompts import encode
 from support.models import tiny_gemma4
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
 MODEL, QUEUE = "tiny-gemma4", "ingest"
 MAX_IN_FLIGHT = 70
+
+# Of the mixture: documents, leased at most, whether the lengths of its tasks are known beforehand.
+ORDERS = [(300, 128, False), (300, 1024, True), (3_000, 128, False), (3_000, 1024, False)]
+# Documents by which they are learned then.
+NUM_LEARNED = 300
 
 AT_LEAST = {"saturation_steps": 0.99, "step_share": 0.985, "identical": True}
 AT_MOST = {"in_flight_max": MAX_IN_FLIGHT}
@@ -77,14 +90,6 @@ def documents(
         text = tokenizer.decode(token_ids[start : start + length])
         requests.append(IngestRequest(document_id=f"manual/{i}", text=text, model=MODEL, chat=False, sampling=sampling))
     return requests
-
-
-def long_tailed(rng: random.Random, least: int, most: int) -> int:
-    """Lognormal around a quarter of the most; redrawn until it is within bounds."""
-    while True:
-        value = round(rng.lognormvariate(0, 0.9) * most / 4)
-        if least <= value <= most:
-            return value
 
 
 # --- what is measured
@@ -123,6 +128,8 @@ class SharedEngine:
         self.llm = engine._llm
         self._step = self.llm.llm_engine.step
         self.llm.llm_engine.step = self._timed_step
+        # Prompt's token ids -> output tokens, of documents that are to end before their max_tokens.
+        self.hidden_lengths: dict[tuple[int, ...], int] = {}
         self.begin()
 
     def begin(self, at_step: Callable[[], int] = int) -> None:
@@ -145,7 +152,10 @@ class SharedEngine:
         return getattr(self._engine, name)
 
     def add_request(self, prompt: Prompt) -> None:
-        self.prompts[prompt.prompt_id] = tuple(prompt.token_ids)
+        token_ids = tuple(prompt.token_ids)
+        self.prompts[prompt.prompt_id] = token_ids
+        if length := self.hidden_lengths.get(token_ids):
+            prompt = replace(prompt, sampling=prompt.sampling.model_copy(update={"max_tokens": length}))
         self._engine.add_request(prompt)
 
     def step(self) -> list[Completion]:
@@ -192,7 +202,12 @@ def run_bare(engine: SharedEngine, requests: Sequence[IngestRequest]) -> Run:
 
 
 def run_queue(engine: SharedEngine, requests: Sequence[IngestRequest], settings: Settings) -> Run:
-    with EmbeddedServer() as server, Redis.from_url(server.url) as client:
+    with EmbeddedServer() as server:
+        return run_on(server, engine, requests, settings)
+
+
+def run_on(server: EmbeddedServer, engine: SharedEngine, requests: Sequence[IngestRequest], settings: Settings) -> Run:
+    with Redis.from_url(server.url) as client:
         group = IngestQueue(QUEUE, connection=client, settings=settings).enqueue_many(requests)
         assert group.num_enqueued == len(requests)
         worker = SharedEngineWorker([QUEUE], connection=client, settings=settings)
@@ -251,6 +266,39 @@ def compare_1024(engine: SharedEngine, requests: Sequence[IngestRequest], settin
     }
 
 
+def compare_orders(engine: SharedEngine, settings: Settings) -> dict[str, Any]:
+    """A mixture of tasks, longest expected work first and in the order of arrival."""
+    figures: dict[str, Any] = {}
+    table: dict[str, list[Run]] = {}
+    same = True
+    for number, max_in_flight, known in ORDERS:
+        wider = settings.model_copy(update={"max_in_flight": max_in_flight})
+        runs = [run_mixture(engine, number, wider, in_arrival_order=first, known=known) for first in (True, False)]
+        name = f"{number}_{max_in_flight}" + ("_known" if known else "")
+        figures[f"longest_first_steps_{name}"] = ratio(runs[:1], runs[1:], num_steps)
+        same &= identical(runs, number)
+        of = f"{number:,} documents, {max_in_flight:,} in flight" + (", lengths known" if known else "")
+        table |= {f"{of}: arrival": runs[:1], f"{of}: longest first": runs[1:]}
+    print_runs("A mixture of tasks", table)
+    # The least that it gains: where that is below 1, it costs.
+    return {"longest_first_steps": min(figures.values()), **figures, "identical_orders": same}
+
+
+def run_mixture(engine: SharedEngine, number: int, settings: Settings, *, in_arrival_order: bool, known: bool) -> Run:
+    tokenizer = engine.llm.get_tokenizer()
+    with EmbeddedServer() as server, arrival_order() if in_arrival_order else nullcontext():
+        for seed in (1, 0) if known else (0,):
+            size = min(number, NUM_LEARNED) if seed else number
+            documents = mixture(tokenizer, size, model=MODEL, prompt_tokens=(20, 80), seed=seed)
+            engine.hidden_lengths = {
+                tuple(encode(request, engine)): length
+                for request, length in zip(documents.requests, documents.num_output_tokens, strict=True)
+            }
+            run = run_on(server, engine, documents.requests, settings)
+    engine.hidden_lengths = {}
+    return run
+
+
 def num_steps(run: Run) -> float:
     return len(run.steps)
 
@@ -299,6 +347,7 @@ def main() -> int:
     run_bare(engine, long[:64])  # warm-up
     figures = {"engine": "vllm", "repeats": REPEATS, **compare(engine, long, settings)}
     figures |= compare_1024(engine, short, settings)
+    figures |= compare_orders(engine, settings)
     figures["identical"] &= figures.pop("identical_1024")
     return conclude(figures, at_least=AT_LEAST, at_most=AT_MOST)
 

@@ -1,0 +1,1 @@
+"""What bench_drain.py is made of: workload, fleet, observer, baseline, figures, plots."""
