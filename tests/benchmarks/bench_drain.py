@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -164,6 +165,7 @@ def conclusion(runs: Mapping[str, Run], figures: Mapping[str, Mapping[str, Any]]
 
 def main() -> int:
     logging.getLogger("ingestq").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers and servers must not outlive this process
     if find_spec("matplotlib") is None:
         print("the plots need matplotlib: `make bench-drain`, or install ingestq[bench]", file=sys.stderr)
         return 2

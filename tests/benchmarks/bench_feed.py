@@ -6,9 +6,10 @@ Modes, alternating, REPEATS times (default 3), medians:
 - waves: the same with INGEST_FEED=generate.
 Then once each with 128 leased, and with 1,024 over a larger set of short documents.
 
-At last a mixture of tasks (mixture.py), longest expected work first against the order of arrival: `longest_first_steps`
-is the latter's steps over the former's, the least of all pairs, so more than 1 is a gain. Output lengths are learned: by the documents before
-in the same run, and, where it says `known`, by a run of others of these tasks on the same server before.
+At last a mixture of tasks (mixture.py), longest expected work first against the order of arrival:
+`longest_first_steps` is the latter's steps over the former's, the least of all pairs, so more than 1 is a gain.
+Output lengths are learned: by the documents before in the same run, and, where it says `known`, by a run of others of
+these tasks on the same server before.
 
 Everything is taken at vLLM's own `LLMEngine.step`. `step_share` is the time inside it over the time from the first
 step's start to the last one's end; a worker's start and end are left out. CPU is this process's, from the first

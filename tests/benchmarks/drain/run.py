@@ -29,8 +29,10 @@ QUEUE = "ingest"
 # Documents in Redis at a time, at most.
 DEPTH = 1_500
 
-# Seconds from the first lease until the first judgement on how busy the machine is.
-_FIRST_LOOK = 12.0
+# Seconds from the first document on after which it is judged how busy the machine is: what is given up, is given up
+# early, on a share a little below the bound.
+_JUDGED_AFTER = (12.0, 30.0, 60.0)
+_EARLY_BUSY_SHARE = MAX_BUSY_SHARE - 0.04
 
 # Runs that may be given up for a busy machine before one is taken as it is.
 _MAX_ATTEMPTS = 4
@@ -44,7 +46,7 @@ class TooBusy(Exception):
     """
 
     def __init__(self, busy_share: float) -> None:
-        super().__init__(f"the machine is {busy_share:.0%} busy, {MAX_BUSY_SHARE:.0%} is the bound")
+        super().__init__(f"the machine is {busy_share:.0%} busy; {MAX_BUSY_SHARE:.0%} is the bound")
         self.busy_share = busy_share
 
 
@@ -210,12 +212,13 @@ def _play(
     stage: Stage, events: Sequence[tuple[int, Callable[[Stage], None]]], busy: BusyShare, *, is_last: bool
 ) -> None:
     """Lets documents flow, and things happen, until all rows are there."""
-    waiting, begun, judged = list(events), time.monotonic(), is_last
+    waiting, begun = list(events), time.monotonic()
+    judgements = [] if is_last else list(_JUDGED_AFTER)
     while not all(traffic.is_over for traffic in stage.traffics):
         time.sleep(0.1)
-        if not judged and time.monotonic() - begun > _FIRST_LOOK:
-            judged = True
-            if (share := busy.look(restart=False)) > MAX_BUSY_SHARE:
+        if judgements and time.monotonic() - begun > judgements[0]:
+            judgements.pop(0)
+            if (share := busy.look(restart=False)) > _EARLY_BUSY_SHARE:
                 raise TooBusy(share)
         for recovery in stage.recoveries:
             if recovery.end is None:
