@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from . import keys
 from .errors import SettingsError
+from .fields import number, whole
+from .settings import MAX_COUNT, MAX_TTFT_MS
 
 if TYPE_CHECKING:
     from redis import Redis
-
-
-# As in the settings: what a Lua number and a C long hold on every machine, and a day in milliseconds.
-_MAX_COUNT = 2**31 - 1
-_MAX_TTFT_MS = 86400e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +32,7 @@ class AdmissionLimits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            most = _MAX_TTFT_MS if name == "ttft_sla_ms" else _MAX_COUNT
+            most = MAX_TTFT_MS if name == "ttft_sla_ms" else MAX_COUNT
             if value is not None and not 0 <= value <= most:
                 zero = "no bound" if name == "ttft_sla_ms" else "nothing is admitted"
                 raise SettingsError(f"{name}={value}: a limit is 0 ({zero}) to {most:.0f}")
@@ -48,22 +44,15 @@ LIMITS: Sequence[str] = tuple(field.name for field in fields(AdmissionLimits))
 def limits_of(raw: Sequence[bytes | None]) -> AdmissionLimits:
     """The limits from the fields LIMITS of the hash; what is no number there bounds nothing, as in lease.lua."""
     *counts, ttft_sla = raw
-    numbers = [_count(value) for value in counts]
-    return AdmissionLimits(**dict(zip(LIMITS, numbers, strict=False)), ttft_sla_ms=_milliseconds(ttft_sla))
+    numbers = [_within(whole(value), MAX_COUNT) for value in counts]
+    return AdmissionLimits(
+        **dict(zip(LIMITS, numbers, strict=False)), ttft_sla_ms=_within(number(ttft_sla), MAX_TTFT_MS)
+    )
 
 
-def _count(raw: bytes | None) -> int | None:
-    if raw is None or not raw.isdigit():
-        return None
-    return min(int(raw[:20]), _MAX_COUNT)  # Python refuses to read thousands of digits
-
-
-def _milliseconds(raw: bytes | None) -> float | None:
-    try:
-        value = float(raw) if raw is not None else math.nan
-    except ValueError:
-        return None
-    return min(value, _MAX_TTFT_MS) if 0 <= value < math.inf else None
+def _within(value: float | None, most: float) -> Any:
+    """What is negative or no number bounds nothing; what is larger than a limit can be bounds nothing either."""
+    return None if value is None or value < 0 else min(value, most)
 
 
 def read_limits(connection: Redis, queue: str) -> AdmissionLimits:

@@ -6,8 +6,10 @@ import zlib
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from .errors import InvalidJob
+from .schema import IngestRequest
 
 # The name under which a job asks for this handler. It is a word on the worker's allow-list, never imported.
 FUNCTION_NAME = "ingestq.ingest"
@@ -48,6 +50,14 @@ def argument(data: bytes) -> dict[str, Any]:
     if not (isinstance(args, list) and len(args) == 1 and isinstance(args[0], dict) and not kwargs):
         raise InvalidJob(f"{FUNCTION_NAME!r} takes one argument, the request as a JSON object")
     return args[0]
+
+
+def request(data: bytes) -> IngestRequest | None:
+    """The request in a payload; None if there is no valid one."""
+    try:
+        return IngestRequest.model_validate(argument(data))
+    except (InvalidJob, ValidationError):
+        return None
 
 
 def _inflated(data: bytes) -> bytes:

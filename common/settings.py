@@ -30,9 +30,12 @@ _MAX_TTL = 10 * 365 * 86400
 MAX_IN_FLIGHT = 4096
 
 # Tokens and documents that are counted in Redis, over a fleet: what a Lua number and a C long hold on every machine.
-_MAX_COUNT = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 
-# Of queues and tenants; "@" is what joins the two.
+# Milliseconds to a first token: one day. What lies beyond is none.
+MAX_TTFT_MS = 86400e3
+
+# Of queues, groups and tenants; "@" is what joins the two.
 _NAME = r"^[A-Za-z0-9_.:-]+$"
 _MAX_NAME_LENGTH = 128
 
@@ -88,14 +91,14 @@ class Settings(BaseModel):
     # What the limit on documents in flight doesn't give way below, after preemptions and errors. 0: the preset's floor.
     min_in_flight: int = Field(default=0, ge=0, le=MAX_IN_FLIGHT)
     # Documents leased over all workers of the queue. 0: no bound.
-    max_in_flight_fleet: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    max_in_flight_fleet: int = Field(default=0, ge=0, le=MAX_COUNT)
     # KV tokens (of prompt and expected output) that this worker may have reserved. 0: what the engine's KV cache holds,
     # and a tenth more for those that wait for it.
-    max_kv_tokens: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    max_kv_tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
     # KV tokens reserved over all workers of the queue. 0: no bound.
-    max_kv_tokens_fleet: int = Field(default=0, ge=0, le=_MAX_COUNT)
+    max_kv_tokens_fleet: int = Field(default=0, ge=0, le=MAX_COUNT)
     # Milliseconds from the engine's add_request to the first token. None: the preset's; 0: no bound.
-    ttft_sla_ms: float | None = Field(default=None, ge=0, le=86400e3, allow_inf_nan=False)
+    ttft_sla_ms: float | None = Field(default=None, ge=0, le=MAX_TTFT_MS, allow_inf_nan=False)
     # Of the documents, the share for which that is to hold.
     ttft_percentile: float = Field(default=0.95, ge=0.5, le=0.999)
     # Of the tokens that a worker of several queues leases, the share of all but the first while they have documents.
@@ -174,8 +177,8 @@ def variables() -> dict[str, str]:
     }
 
 
-def is_queue_name(name: str) -> bool:
-    """Whether a queue or a tenant may be called that."""
+def is_name(name: str) -> bool:
+    """Whether a queue, a group or a tenant may be called that."""
     return len(name) <= _MAX_NAME_LENGTH and re.fullmatch(_NAME, name) is not None
 
 

@@ -1,4 +1,4 @@
-"""`byte_size`: a number of bytes as people read it."""
+"""Sizes: bytes as people read them, tokens in whole KV cache blocks."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def byte_size(num_bytes: float, number: Callable[[float], str] = "{:.2f}".format
         if abs(num_bytes) >= size:
             return f"{number(num_bytes / size)} {unit}"
     return f"{num_bytes:,.0f} B"
+
+
+def whole_blocks(num_tokens: int, block_size: int) -> int:
+    """Tokens, rounded up to whole blocks of `block_size` tokens; as in lease.lua."""
+    return -(-num_tokens // block_size) * block_size

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common import keys
 from ..common.engine_card import EngineCard, live_cards
+from ..common.fields import count, timestamp
 from ..common.limits import AdmissionLimits, read_limits
 from ..common.machine_health import MachineHealth, read_health
 from ..common.schema import SCHEMA_VERSION
@@ -173,22 +173,5 @@ def _read_backlogs(connection: Redis, queue: str, served: Mapping[str, float], n
 
 def enqueued_at(enqueued_ms: bytes | None, iso: bytes | None) -> float | None:
     """Seconds since the epoch when a job was enqueued, from its fields; of a plain RQ client's, by that one's clock."""
-    if milliseconds := count(enqueued_ms):
-        return milliseconds / 1000
-    try:
-        return datetime.fromisoformat(iso.decode()).timestamp() if iso else None
-    except ValueError:
-        return None
-
-
-def count(raw: Any) -> int:
-    """A number from Redis, 0 where it is missing or not one, whatever somebody wrote there."""
-    return int(raw) if isinstance(raw, bytes) and raw.isdigit() and len(raw) < 19 else 0
-
-
-def seconds(raw: bytes | None) -> float | None:
-    """A time from Redis, None where it is missing or not one."""
-    try:
-        return float(raw) if raw is not None else None
-    except ValueError:
-        return None
+    milliseconds = count(enqueued_ms)
+    return milliseconds / 1000 if milliseconds else timestamp(iso)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from ..common import keys, scripts
 from ..common.connections import persist
 from ..common.errors import SettingsError
 from ..common.schema import Status
-from ..common.settings import Settings
+from ..common.settings import Settings, is_name
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -36,8 +35,6 @@ _STATES = {
     "": Status.EXPIRED.value,
 }
 
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-
 
 def check_name(kind: str, name: str) -> str:
     """The name itself, if it may be one of a queue, a group or a tenant.
@@ -45,7 +42,7 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         SettingsError: it may not.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise SettingsError(f"{kind} {name!r}: a name has 1 to 128 letters, digits and _ . : -")
     return name
 

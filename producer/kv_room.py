@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..common.sizes import whole_blocks
 from .fleet import Held
 from .waiting import Snapshot
 
 
 def need_of(snapshot: Snapshot) -> int:
     """KV tokens to reserve, whole blocks, if its output gets as long as it may; a task's own outputs may be shorter."""
-    job, block = snapshot.job, _block(snapshot)
-    return -(-(job.tokens + job.max_tokens) // block) * block
+    return whole_blocks(snapshot.job.tokens + snapshot.job.max_tokens, _block(snapshot))
 
 
 def _block(snapshot: Snapshot) -> int:

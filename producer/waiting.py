@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from ..common import keys, payload, scripts
 from ..common.engine_card import EngineCard
-from ..common.errors import InvalidJob
+from ..common.fields import count, number
 from ..common.schema import SCHEMA_VERSION, IngestRequest, IngestResult
 from ..common.task_id import estimated_tokens
-from .fleet import HEAD, Fleet, count, enqueued_at, read_fleet, seconds
+from .fleet import HEAD, Fleet, enqueued_at, read_fleet
 from .rows import terminal_row
 
 if TYPE_CHECKING:
@@ -153,7 +151,7 @@ def _read_job(connection: Redis, queue: str, job_id: str) -> Waiting | None:
         blocked=count(fields["blocked_ms"]) / 1000 or None,
         passed=count(fields["passed"]),
         held_for=text["held_for"],
-        held_until=seconds(fields["held_until"]) or 0.0,
+        held_until=number(fields["held_until"]) or 0.0,
         worker=text["worker_name"],
     )
 
@@ -161,10 +159,7 @@ def _read_job(connection: Redis, queue: str, job_id: str) -> Waiting | None:
 def _read_request(connection: Redis, job_id: str) -> IngestRequest | None:
     """The request of a plain RQ client's job that no worker has looked at yet."""
     data = connection.hget(keys.job(job_id), "data")
-    try:
-        return IngestRequest.model_validate(payload.argument(data)) if isinstance(data, bytes) else None
-    except (InvalidJob, ValidationError):
-        return None
+    return payload.request(data) if isinstance(data, bytes) else None
 
 
 def _find(connection: Redis, job: Waiting) -> tuple[int | None, list[tuple[str, str | None]]]:

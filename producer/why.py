@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..common.schema import SCHEMA_VERSION
+from ..common.scripts import MAX_PASSES, PASS_TIMEOUT
 from .fleet import Backlog, Fleet, Held
 from .kv_room import need_of, shortages, too_large
 from .units import duration, rounded
 from .waiting import Snapshot, Waiting
-
-# How many of those behind a document that doesn't fit may pass it, and for how many seconds; as in lease.lua.
-_MAX_PASSES, _PATIENCE = 128, 60.0
 
 
 class Reason(StrEnum):
@@ -193,8 +191,8 @@ def _kv(snapshot: Snapshot) -> Answer | None:
 
 def _passing(job: Waiting, now: float) -> str:
     """Whether those behind a document that doesn't fit may still pass it."""
-    left = (job.blocked or now) + _PATIENCE - now
-    passes = _MAX_PASSES - job.passed
+    left = (job.blocked or now) + PASS_TIMEOUT - now
+    passes = MAX_PASSES - job.passed
     if left <= 0 or passes <= 0:
         return "it is passed no more"
     return f"{passes} behind it may pass, for {duration(left)} more"

@@ -34,7 +34,7 @@ from ..common.engine_config import with_model
 from ..common.errors import SettingsError
 from ..common.machine_health import record_failure, record_success
 from ..common.serializer import OrjsonSerializer
-from ..common.settings import Settings, is_queue_name
+from ..common.settings import Settings, is_name
 from . import preemption, processes
 from .courier import Courier
 from .crash_report import CrashReport
@@ -113,7 +113,7 @@ class BatchWorker(BaseWorker):
 
     def _checked(self, settings: Settings) -> Settings:
         for name in self.queue_names():
-            if not is_queue_name(name):
+            if not is_name(name):
                 raise SettingsError(
                     f"queue {name!r}: a name has 1 to 128 letters, digits and _ . : -; tenants (queue@tenant) are "
                     f"served with their queue"

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from ..common import engine_card, keys, scripts, worker_load
 from ..common.connections import SOCKET_TIMEOUT
 from ..common.engine_card import EngineCard
+from ..common.fields import number
 from ..common.settings import Settings
 from ..common.worker_load import WorkerLoad
 from .courier import Courier
@@ -171,7 +172,7 @@ class Housekeeper:
             self._register()
         elif incarnation.decode(errors="replace") != self._incarnation:
             self._replaced()
-        elif _number(alive_until) - seconds - micros / 1e6 < self._settings.lease_ttl / 2:
+        elif (number(alive_until) or 0.0) - seconds - micros / 1e6 < self._settings.lease_ttl / 2:
             self._renew()
 
     def _renew(self) -> None:
@@ -263,11 +264,3 @@ class Housekeeper:
                     found.kv_tokens_held,
                     extra={"action": "recounted"},
                 )
-
-
-def _number(raw: bytes | None) -> float:
-    """A number from Redis, 0 where somebody wrote something else."""
-    try:
-        return float(raw or 0)
-    except ValueError:
-        return 0.0

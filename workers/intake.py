@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from redis import Redis
@@ -13,6 +12,7 @@ from ..common.limits import AdmissionLimits
 from ..common.schema import IngestRequest
 from ..common.scripts import LeasedJob
 from ..common.settings import Settings
+from ..common.sizes import whole_blocks
 from .engines.base import Engine
 from .lengths import ExpectedOutput
 from .pool import Ready
@@ -65,7 +65,7 @@ class Intake:
         num_prompt_tokens, max_tokens = len(prompt.token_ids), prompt.sampling.max_tokens
         num_output_tokens = lengths.reserve(job.task, max_tokens)
         num_tokens, block_size = num_prompt_tokens + num_output_tokens, engine.kv_cache.block_size
-        kv_tokens = math.ceil(num_tokens / block_size) * block_size
+        kv_tokens = whole_blocks(num_tokens, block_size)
         self._refuse_beyond_limits(kv_tokens, num_prompt_tokens, num_output_tokens, limits)
         return Ready(
             prompt=prompt,

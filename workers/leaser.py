@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from redis import Redis
 
-from ..common import scripts
+from ..common import payload, scripts
 from ..common.limits import AdmissionLimits, read_limits
 from ..common.schema import IngestRequest
 from ..common.scripts import Admission, JobNeeds, LeasedJob
 from ..common.task_id import estimated_tokens, task_id
-from .prompts import needs_of, read_request
+from .prompts import needs_of
 from .queue_shares import QueueShares
 
 # Gates that close one queue only: what is behind them leaves the others alone.
@@ -150,7 +150,7 @@ class Leaser:
 
 def _needs(job_id: str, data: bytes) -> JobNeeds:
     model, schema = needs_of(data)
-    request = read_request(data)
+    request = payload.request(data)
     if request is None:
         return JobNeeds(job_id, model, schema)
     return JobNeeds(job_id, model, schema, *_estimate(request))

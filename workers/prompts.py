@@ -67,14 +67,6 @@ def needs_of(data: bytes) -> tuple[str, int]:
     return model if isinstance(model, str) and model else ANY_MODEL, _schema_of(argument)
 
 
-def read_request(data: bytes) -> IngestRequest | None:
-    """The request in a payload; None if there is no valid one."""
-    try:
-        return IngestRequest.model_validate(payload.argument(data))
-    except (InvalidJob, ValidationError):
-        return None
-
-
 def _schema_of(argument: dict[str, Any]) -> int:
     """A newer schema version, or ours: what isn't a version at all is for validation to refuse."""
     schema = argument.get("schema_version")

@@ -6,13 +6,12 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
+from ..common.settings import MAX_TTFT_MS
+
 # First tokens that are remembered at least. The 95th percentile needs 20 of them, the 99th 100, and twice as many, so
 # that one outlier among them is no percentile; more than that, and what went wrong once (an engine that slowed down) is
 # held against it for longer.
 _WINDOW = 256
-
-# Milliseconds: one day. What lies beyond is no time to first token.
-_MAX_TTFT_MS = 86400e3
 
 
 class TtftModel:
@@ -43,7 +42,7 @@ class TtftModel:
             num_tokens: prompt tokens that were ahead of it, its own included.
             tokens_per_s: the prefill rate; None: not known.
         """
-        if not 0 <= ttft_ms <= _MAX_TTFT_MS or not 0 <= num_tokens <= _MAX_TTFT_MS:
+        if not 0 <= ttft_ms <= MAX_TTFT_MS or not 0 <= num_tokens <= MAX_TTFT_MS:
             return
         self._ttfts.append(ttft_ms)
         if tokens_per_s:

@@ -6,8 +6,8 @@
 --      12 bytes of one payload at most, 13 exception of a dead letter that is no job (base64, zlib);
 --      what the worker admits: 14 jobs, 15 payload bytes, 16 prompt tokens or '' (no bound), and over what is held already
 --      17 documents of the fleet, 18 KV tokens of the worker, 19 KV tokens of the fleet (0: no bound);
---      20 KV cache block (tokens), 21 the smallest company that a job held already may be in (0: any), 22 how many
---      companies follow, then the companies for jobs that lost 1, 2, ... workers, then task, output tokens to reserve, ...
+--      20 KV cache block (tokens), 21 how many may pass a job that doesn't fit, 22 for how long (s), 23 the smallest company
+--      that a job held already may be in (0: any), 24 how many companies follow, then the companies for jobs that lost 1, 2, ... workers, then task, output tokens to reserve, ...
 -- Returns { leased, unknown, gate, queue length (of the lists opened: see MAX_LISTS), now (ms), next position, limits }:
 --   leased   per job a list: id, execution, data, enqueued_ms or '', enqueued_at or '', attempts, result_ttl or '',
 --            failure_ttl or '', what of RQ the job asks for that isn't served or '', crashes, tenant or '', task or '',
@@ -29,7 +29,7 @@
 -- there is, and its worker finds out. If its exact need is beyond, or a whole limit is less than a block, its worker is to
 -- fail it: it gets nothing.
 --
--- Head of line: where a job doesn't fit, those behind it may pass, MAX_PASSES of them within PATIENCE. Then, if it is the
+-- Head of line: where a job doesn't fit, those behind it may pass, MAX_PASSES of them within PATIENCE (ARGV 21, 22). Then, if it is the
 -- fleet that has no room, nobody leases anything until it has (gate 'kv_fleet'); if it is the engine, one worker makes
 -- room for the job (held_for, held_until; gate 'head') and the others go on.
 --
@@ -44,13 +44,13 @@
 -- in the way are met only when the search starts anew. Of more than MAX_LOOKS tenants, those served most are not met
 -- while none of those before them has a job for this worker.
 
-local MAX_PASSES, PATIENCE = 128, 60  -- seconds
+local MAX_PASSES, PATIENCE = tonumber(ARGV[21]), tonumber(ARGV[22])
 local MAX_LOOKS = 2048                -- at jobs, in one call, over all lists
 local MAX_LISTS = 256                 -- opened at once, those served least; more only where these give nothing
 local MAX_SCORE = 2 ^ 53              -- beyond it, adding a token changes nothing
 local DEFAULT_MAX_TOKENS = 256        -- as in schema.py
 local NO_SCHEMA = 1000                -- as _MAX_SCHEMA in prompts.py: no release will come to it; it is taken, to be refused
-local NUM_ARGS = 22
+local NUM_ARGS = 24
 
 local prefix, queue_name, worker, model, iso, call_id = unpack(ARGV, 1, 6)
 local first, scan, max_schema, max_payload = unpack({tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]),
@@ -66,7 +66,7 @@ local limits = read(KEYS[4], 'max_in_flight', 'max_in_flight_fleet', 'max_kv_tok
 local in_flight = redis.call('SCARD', KEYS[3])
 local want, want_gate = tonumber(ARGV[14]), 'open'
 local bytes, prompt_tokens = tonumber(ARGV[15]), tonumber(ARGV[16]) or math.huge
-local company = tonumber(ARGV[21])
+local company = tonumber(ARGV[23])
 if company == 0 then company = math.huge end
 local whole, whole_fleet = tighter(ARGV[18], limits[3]), tighter(ARGV[19], limits[4])
 local room, room_fleet = whole, whole_fleet
@@ -267,7 +267,7 @@ end
 
 -- In how large a company, itself included, a job may be that lost so many workers.
 local function company_of(crashes)
-  local known = math.min(crashes, tonumber(ARGV[22]))
+  local known = math.min(crashes, tonumber(ARGV[24]))
   return known > 0 and tonumber(ARGV[NUM_ARGS + known]) or math.huge
 end
 
@@ -275,7 +275,7 @@ end
 
 -- Task -> output tokens to reserve.
 local expected_output = {}
-for i = NUM_ARGS + tonumber(ARGV[22]) + 1, #ARGV, 2 do expected_output[ARGV[i]] = tonumber(ARGV[i + 1]) end
+for i = NUM_ARGS + tonumber(ARGV[24]) + 1, #ARGV, 2 do expected_output[ARGV[i]] = tonumber(ARGV[i + 1]) end
 
 -- KV tokens that a job takes, in whole blocks.
 local function need_of(tokens, max_tokens, task)

@@ -8,7 +8,7 @@
 -- (measured on a busy machine of two cores), so once in minutes.
 local prefix, queue_name = ARGV[1], ARGV[2]
 heal(KEYS[2], 'hash')
-local totals, counted, leases, before = {}, 0, 0, {}
+local totals, counted, leases, before, here = {}, 0, 0, {}, {}
 
 -- Whether a lease from another queue is held.
 local function is_held(member)
@@ -26,13 +26,13 @@ end
 
 local function count_elsewhere(worker)
   for _, member in ipairs(redis.call('SMEMBERS', prefix .. ':worker:' .. worker .. ':executions')) do
-    if not redis.call('ZSCORE', KEYS[1], member) and is_held(member) then count(member) end
+    if not here[member] and is_held(member) then count(member) end
   end
 end
 
 for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   counted = counted + count(member)
-  leases = leases + 1
+  leases, here[member] = leases + 1, true
 end
 local found, workers = redis.call('HGETALL', KEYS[2]), {}
 for i = 1, #found, 2 do

@@ -8,7 +8,7 @@ from ._call import CHUNK, MAX_CALL_BYTES, now_iso, pack_exception, unpack_except
 from .ending import Finish, HandedBack, Outcome, finish, hand_back, hand_back_all
 from .enqueueing import EnqueueOptions, JobNeeds, NewJob, adopt, enqueue, promote, retry, start_enqueue, write_barrier
 from .groups import FetchedJob, cancel, fetch, tally, touch_group
-from .leasing import Admission, Gate, LeasedJob, LeaseReply, lease
+from .leasing import MAX_PASSES, PASS_TIMEOUT, Admission, Gate, LeasedJob, LeaseReply, lease
 from .lengths import learn
 from .reservations import Need, Recount, Reservation, recount, reserve
 from .workers import Presence, claim, machine_failed, renew, sign_off, write_fields
@@ -16,6 +16,8 @@ from .workers import Presence, claim, machine_failed, renew, sign_off, write_fie
 __all__ = [
     "CHUNK",
     "MAX_CALL_BYTES",
+    "MAX_PASSES",
+    "PASS_TIMEOUT",
     "Admission",
     "EnqueueOptions",
     "FetchedJob",

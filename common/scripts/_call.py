@@ -68,14 +68,6 @@ def now_iso() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def whole(raw: bytes) -> int | None:
-    """A number from a job hash, or None where it is missing or not one."""
-    try:
-        return int(raw)
-    except ValueError:
-        return None
-
-
 def pack_exception(text: str) -> str:
     """An exception's text as RQ stores it in a result."""
     return b64encode(zlib.compress(text.encode())).decode()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import keys
+from ..fields import whole
 from ..settings import key_prefix
-from ._call import CHUNK, now_iso, run, script, unpack_exception, whole
+from ._call import CHUNK, now_iso, run, script, unpack_exception
 
 if TYPE_CHECKING:
     from redis import Redis

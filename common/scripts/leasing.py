@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .. import keys
+from ..fields import timestamp, whole
 from ..limits import AdmissionLimits, limits_of
 from ..payload import MAX_PAYLOAD_BYTES
 from ..schema import SCHEMA_VERSION
 from ..settings import key_prefix
-from ._call import CHUNK, MAX_CALL_BYTES, now_iso, pack_exception, run, whole
+from ._call import CHUNK, MAX_CALL_BYTES, now_iso, pack_exception, run
 
 if TYPE_CHECKING:
     from redis import Redis
 
 # Queue positions that a lease call looks at once jobs of other models are in the way: it reads two fields of each.
 _FAR_SCAN = 1024
+
+# Of those behind a job that doesn't fit, how many may pass it, and for how many seconds since it was found not to.
+MAX_PASSES, PASS_TIMEOUT = 128, 60.0
 
 # What kept jobs in the queue; see lease.lua.
 Gate = Literal["open", "suspended", "worker", "fleet", "company", "kv", "kv_fleet", "prefill", "head"]
@@ -126,7 +129,7 @@ def lease(
     args += (min(admission.documents, CHUNK), MAX_CALL_BYTES)
     args.append("" if admission.prompt_tokens is None else admission.prompt_tokens)
     args += (admission.max_in_flight_fleet, admission.max_kv_tokens, admission.max_kv_tokens_fleet)
-    args += (admission.block_size, company, len(companies), *companies)
+    args += (admission.block_size, MAX_PASSES, PASS_TIMEOUT, company, len(companies), *companies)
     for task, num_tokens in admission.expected_output.items():
         args += (task, num_tokens)
     leased, unknown, gate, length, now_ms, next_position, limits = run(connection, "lease", _keys(queue, worker), args)
@@ -182,7 +185,7 @@ def _leased(
         max_tokens=max_tokens,
         tokens=tokens,
         kv_tokens=kv_tokens,
-        enqueued_ms=whole(enqueued_ms) or _milliseconds(enqueued_at),
+        enqueued_ms=whole(enqueued_ms) or _milliseconds(timestamp(enqueued_at)),
         leased_ms=now_ms,
         attempts=attempts,
         crashes=crashes,
@@ -198,12 +201,8 @@ _MALFORMED = pack_exception(
 )
 
 
-def _milliseconds(iso: bytes) -> int | None:
-    """RQ's own time stamp as milliseconds since the epoch."""
-    try:
-        return int(datetime.fromisoformat(iso.decode()).timestamp() * 1000)
-    except ValueError:
-        return None
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)
 
 
 # Seconds that anything is kept at most, if not for ever: ten years.

@@ -23,7 +23,7 @@ NONE = AdmissionLimits()
 def intake_of(*, max_kv_tokens: int = 0, **settings: Any) -> Intake:
     chosen = Settings(engine="simulated", model="sim", **settings)
     engine = SimulatedEngine.from_settings(chosen)
-    return Intake(None, chosen, engine, ["q"], max_kv_tokens=max_kv_tokens)  # type: ignore[arg-type]
+    return Intake(None, chosen, engine, ["q"], max_kv_tokens=max_kv_tokens)
 
 
 def job(text: str, *, max_tokens: int = 20, model: str = "sim") -> LeasedJob:

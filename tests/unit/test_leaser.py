@@ -59,7 +59,7 @@ def redis(monkeypatch: pytest.MonkeyPatch) -> Redis:
 
 def leaser_of(shares: QueueShares | None = None) -> Leaser:
     shares = shares or QueueShares(QUEUES, 0.0)
-    return Leaser(None, QUEUES, shares, worker="w", model="m", lease_ttl=60.0)  # type: ignore[arg-type]
+    return Leaser(None, QUEUES, shares, worker="w", model="m", lease_ttl=60.0)
 
 
 def look(leaser: Leaser) -> Look:

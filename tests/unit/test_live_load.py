@@ -47,7 +47,7 @@ class Courier:
 
 
 def load_of(**fields: Any) -> Any:
-    return LiveLoad(Engine(), Courier(**fields))()  # type: ignore[arg-type]
+    return LiveLoad(Engine(), Courier(**fields))()
 
 
 def test_numbers_are_those_of_the_moment() -> None:
@@ -92,7 +92,7 @@ def test_throughput_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) 
     now = 1000.0
     monkeypatch.setattr(live_load.time, "monotonic", lambda: now)
     courier = Courier()
-    load = LiveLoad(Engine(), courier)  # type: ignore[arg-type]
+    load = LiveLoad(Engine(), courier)
     for _ in range(90):  # two seconds apart: a document of 100 tokens a second, then two
         now += 2
         courier.num_finished += 2 if now <= 1100 else 4

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ingestq.common.errors import SettingsError
-from ingestq.common.settings import Settings, is_queue_name, variables
+from ingestq.common.settings import Settings, is_name, variables
 
 
 def test_every_variable_sets_its_field() -> None:
@@ -97,7 +97,7 @@ def test_a_limit_below_the_presets_floor_is_no_contradiction() -> None:
     [("ingest-high", True), ("a:b.c_d", True), ("", False), ("a@b", False), ("a\n", False), ("a" * 129, False)],
 )
 def test_queues_and_tenants_have_plain_names(name: str, is_one: bool) -> None:
-    assert is_queue_name(name) is is_one
+    assert is_name(name) is is_one
 
 
 def test_a_setting_given_in_code_is_checked_as_well() -> None:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 from redis import Redis
 
-from ...common import keys
+from ...common import keys, payload
 from ...common.schema import IngestRequest
 from ..engines.base import Engine
-from ..prompts import encode, read_request
+from ..prompts import encode
 
 # Documents at the head of the queue that are looked at, and how many of them in one round trip.
 _HEAD, _CHUNK = 128, 16
@@ -73,7 +73,7 @@ def _is_worth_a_look(fields: Any, size: Any, model: str) -> bool:
 
 def _task(data: bytes, model: str) -> Task | None:
     """The task of a job's payload; None if it has none, or is none of ours to run."""
-    request = read_request(data)
+    request = payload.request(data)
     if request is None or request.model != model or not (request.chat or request.system or request.instruction):
         return None
     return Task(request.system, request.instruction, request.chat)
