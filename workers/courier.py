@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import groupby
-from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Literal, cast
 
@@ -24,8 +22,8 @@ from redis.exceptions import RedisError
 
 from ..common import keys, scripts
 from ..common.connections import SOCKET_TIMEOUT
-from ..common.errors import DocumentError, DocumentTimeout, PromptRefused
-from ..common.scripts import Admission, Finish, JobNeeds, LeasedJob, Need
+from ..common.errors import DocumentError, DocumentTimeout
+from ..common.scripts import Admission, Finish, LeasedJob
 from ..common.settings import Settings
 from .drain import DrainController, EngineLoad, StartGate
 from .engines.base import Completion, Engine, StepReport
@@ -36,8 +34,8 @@ from .logs import one_line
 from .messages import Completed, Lost, Message, Started, Stop
 from .outbox import Outbox
 from .pool import Ready, ReadyPool
-from .prompts import ANY_MODEL, NewerSchema
 from .queue_shares import QueueShares
+from .readying import Readying
 from .rows import RowWriter
 from .vitals import Duty, Vitals
 
@@ -114,11 +112,6 @@ class Courier:
         self.aborts: SimpleQueue[str] = SimpleQueue()
         self._mailbox: SimpleQueue[Message] = SimpleQueue()
         self.holdings = Holdings()
-        # Leased, and not yet encoded; encoded, and what they need not yet reserved; for newer workers, execution id ->
-        # schema, and not yet handed back. All of them outlast an outage of Redis.
-        self._unready: deque[LeasedJob] = deque()
-        self._unreserved: list[Ready] = []
-        self._newer: dict[str, int] = {}
         self._outbox = Outbox(
             connection,
             settings,
@@ -142,6 +135,18 @@ class Courier:
             max_kv_tokens_fleet=settings.max_kv_tokens_fleet,
             max_in_flight_fleet=settings.max_in_flight_fleet,
             block_size=engine.kv_cache.block_size,
+        )
+        self._readying = Readying(
+            connection,
+            self._intake,
+            self.holdings,
+            self.pool,
+            rows,
+            self._bounds,
+            limits=lambda queue: self._leaser.limits[queue],
+            settle=self._settle,
+            lost=lambda member: self._handle(Lost([member])),
+            give_back=lambda prompt_ids: self._hand_back(self._let_go(prompt_ids)),
         )
         self._learned_at, self._limits_due = float("-inf"), 0.0
         # Milliseconds in the queue of the documents leased last.
@@ -474,7 +479,7 @@ class Courier:
             self._give_up_unknown_leases()
         if not self._leasing:
             self._hand_back_unstarted()
-        self._ready()  # what an outage has left
+        self._readying.run()  # what an outage has left
         self._heed_limits()
         admission = self._admission()
         if admission.documents == 0:
@@ -488,7 +493,7 @@ class Courier:
             companies=self._controller.companies,
         )
         self._hold(look.jobs)
-        self._ready()
+        self._readying.run()
         self.gate = look.gate
         if look.gate == "open" and (look.jobs or look.num_adopted):
             self._look = "now" if self._room else "idle"
@@ -513,107 +518,17 @@ class Courier:
         """Takes charge of new leases, all of them at once: they are renewed while their texts are encoded."""
         for job in jobs:
             self.holdings.add(job)
-            self._unready.append(job)
             if job.enqueued_ms is not None:
                 self.queue_waits.append(max(0, job.leased_ms - job.enqueued_ms))
+        self._readying.add(jobs)
         if self._jobs_left is not None:  # only now: with none left and none held, the worker is done
             self._jobs_left -= len(jobs)
-
-    def _ready(self) -> None:
-        """Parses and encodes what is leased, and reserves what it needs."""
-        while self._unready or self._unreserved:
-            # Not all at once: the engine may be waiting for the first of them while the last are encoded.
-            while self._unready and sum(len(ready.prompt.token_ids) for ready in self._unreserved) < self._step_tokens:
-                self._encode(self._unready.popleft())
-            self._reserve()
-        if self._newer:
-            self._leave_to_newer()
-
-    @property
-    def _step_tokens(self) -> int:
-        return self._engine.card.max_num_batched_tokens or 1
-
-    def _encode(self, job: LeasedJob) -> None:
-        """Readies one document; a bad one fails here, alone."""
-        held = self.holdings.open.get(job.execution_id)
-        if held is None:
-            return  # stopped or lost meanwhile
-        try:
-            held.request = self._intake.request(job)
-            self._unreserved.append(self._intake.ready(job, held.request, self._leaser.limits[job.queue]))
-        except NewerSchema as error:
-            self._newer[job.execution_id] = error.schema
-        except DocumentError as error:
-            self._settle(self._rows.ended(job, held.request, error))
-        except BaseException as error:
-            # Whatever a tokenizer makes of a text (Rust's panics are no Exceptions), it is this document's end.
-            refusal = PromptRefused(f"{type(error).__name__} while its prompt was built")
-            self._settle(self._rows.ended(job, held.request, refusal))
-
-    def _reserve(self) -> None:
-        """Reserves what documents really need, now that their tokens are counted; what has no room goes back."""
-        leases = [(held, ready) for ready in self._unreserved if (held := self.holdings.open.get(ready.prompt_id))]
-        for queue, part in groupby(leases, key=lambda lease: lease[0].job.queue):
-            asked = list(part)
-            words = scripts.reserve(
-                self._connection,
-                queue,
-                worker=self._rows.worker,
-                admission=self._bounds,
-                needs=[
-                    Need(held.job.member, ready.num_prompt_tokens, ready.prompt.sampling.max_tokens, ready.kv_tokens)
-                    for held, ready in asked
-                ],
-            )
-            answered = {ready.prompt_id for _, ready in asked}
-            self._unreserved = [ready for ready in self._unreserved if ready.prompt_id not in answered]
-            denied = []
-            for (held, ready), word in zip(asked, words, strict=True):
-                if word == "granted":
-                    held.kv_tokens = ready.kv_tokens
-                    self.pool.put(ready)
-                elif word == "denied":
-                    denied.append(ready.prompt_id)
-                else:
-                    self._handle(Lost([held.job.member]))
-            if denied:
-                self._hand_back_denied(denied)
-        self._unreserved.clear()
-
-    def _hand_back_denied(self, prompt_ids: Sequence[str]) -> None:
-        self._hand_back(self._let_go(prompt_ids))
-        logger.info(
-            "%d documents are longer than was thought, and there is no room for them yet; they went back",
-            len(prompt_ids),
-            extra={"action": "reservation_denied"},
-        )
-
-    def _leave_to_newer(self) -> None:
-        """Hands back jobs of schemas yet to come, marked, so that no worker of ours takes them again."""
-        newer = self._newer
-        leases = [held for prompt_id in newer if (held := self.holdings.open.get(prompt_id))]
-        for queue, part in groupby(leases, key=attrgetter("job.queue")):
-            needs = [JobNeeds(held.job.job_id, ANY_MODEL, newer[held.job.execution_id]) for held in part]
-            scripts.adopt(self._connection, queue, needs)
-        self._newer = {}
-        self._hand_back(self._let_go(newer))
-        logger.warning(
-            "%d documents wait for a newer worker: they are of schema version %d",
-            len(leases),
-            max(newer.values()),
-            extra={"action": "newer_schema"},
-        )
 
     # --- handing back
 
     def _hand_back_unstarted(self) -> None:
         """What the engine hasn't taken, in one go, so that it keeps its order."""
-        unstarted = [ready.prompt_id for ready in [*self.pool.drain(), *self._unreserved]]
-        unstarted += [job.execution_id for job in self._unready]
-        unstarted += self._newer
-        self._unreserved.clear()
-        self._unready.clear()
-        self._newer.clear()
+        unstarted = [*(ready.prompt_id for ready in self.pool.drain()), *self._readying.drain()]
         self._hand_back([held for prompt_id in unstarted if (held := self.holdings.open.get(prompt_id))])
 
     def _give_up_unknown_leases(self) -> None:

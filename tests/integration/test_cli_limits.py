@@ -30,7 +30,7 @@ TWO = '{"text": "one", "id": "a"}\n{"text": "two", "id": "b"}\n'
 @pytest.fixture
 def ingestq(server: EmbeddedServer, redis: Redis) -> Command:
     def run(*arguments: str, stdin: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-        settings = {"INGEST_MODEL": "m", **settings}
+        settings = {"INGEST_MODEL": "m", "COLUMNS": "100", **settings}
         return processes.run("ingestq", *arguments, url=server.url, settings=settings, timeout=60, input=stdin)
 
     return run

@@ -572,7 +572,7 @@ def test_the_published_load_is_true(server: EmbeddedServer, redis: Redis, tmp_pa
         assert {closed.gate for closed in load.closed} == {"in_flight", "start: sequences"}
         told = {closed.gate: closed.why for closed in load.closed}
         assert told["in_flight"] == "8 documents are in flight, the limit is 8 now"
-        assert told["start: sequences"] == "the engine runs 5 sequences (max_num_seqs)"
+        assert told["start: sequences"] == "the engine runs 5 sequences, as many as it may"
         assert load.queue_p50_ms is not None
         update_limits(redis, HIGH, {"ttft_sla_ms": 1234})
         wait_until(lambda: (load := load_of(redis, LOW)) and load.ttft_sla_ms == 1234, "a live limit is heeded")

@@ -77,6 +77,20 @@ def outcomes(completions):
     return sorted(map(outcome, completions))
 
 
+def leave_no_block_once(stepper, monkeypatch):
+    """Preempts one sequence in the scheduler's own way of giving up: no block is left for those that run."""
+    manager = stepper.engine_core.engine_core.scheduler.kv_cache_manager
+    allocate, refused = manager.allocate_slots, []
+
+    def none_left_once(request, *args, **kwargs):
+        if request.num_output_tokens > 2 and not refused:
+            refused.append(request)
+            return None
+        return allocate(request, *args, **kwargs)
+
+    monkeypatch.setattr(manager, "allocate_slots", none_left_once)
+
+
 class EngineContract:
     @pytest.fixture(autouse=True)
     def _nothing_is_left_behind(self, engine):
@@ -492,32 +506,13 @@ class TestVllmEngine(EngineContract):
         assert engine.plan["block_size"].value == engine.kv_cache.block_size
 
     def test_a_preemption_is_counted(self, engine, stepper, monkeypatch):
-        """In the scheduler's own way of giving up: no block is left for the sequences that run."""
-        manager = stepper.engine_core.engine_core.scheduler.kv_cache_manager
-        allocate, refused = manager.allocate_slots, []
-
-        def none_left_once(request, *args, **kwargs):
-            if request.num_output_tokens > 2 and not refused:
-                refused.append(request)
-                return None
-            return allocate(request, *args, **kwargs)
-
         before = engine.counters().num_preemptions
-        monkeypatch.setattr(manager, "allocate_slots", none_left_once)
+        leave_no_block_once(stepper, monkeypatch)
         engine.generate(prompts_of(engine, 4))
         assert engine.counters().num_preemptions - before == 1
 
     def test_a_preemption_is_reported_when_the_sequence_goes_on(self, engine, stepper, monkeypatch):
-        manager = stepper.engine_core.engine_core.scheduler.kv_cache_manager
-        allocate, refused = manager.allocate_slots, []
-
-        def none_left_once(request, *args, **kwargs):
-            if request.num_output_tokens > 2 and not refused:
-                refused.append(request)
-                return None
-            return allocate(request, *args, **kwargs)
-
-        monkeypatch.setattr(manager, "allocate_slots", none_left_once)
+        leave_no_block_once(stepper, monkeypatch)
         for prompt in prompts_of(engine, 4):
             engine.add_request(prompt)
         completions, reports = drain_reported(engine)
