@@ -24,12 +24,14 @@ local function is_live(status)
   return status == 'queued' or status == 'started' or status == 'scheduled' or status == 'deferred'
 end
 
--- Fields of a job hash; none of them where the key is missing or holds something else: anybody may have written it.
+-- Fields of a hash; false for each where the key is missing or holds something else: anybody may have written it.
 local function read(key, ...)
   local f = redis.pcall('HMGET', key, ...)
   if not f.err then return f end
   if string.find(f.err, 'WRONGTYPE', 1, true) ~= 1 then error(f) end  -- a right that the user lacks is no missing job
-  return {}
+  local none = {}
+  for i = 1, select('#', ...) do none[i] = false end
+  return none
 end
 
 -- Makes way for one of the queue's own keys where somebody put something else: what is there can't be of any use.

@@ -168,6 +168,14 @@ def test_a_reply_has_the_limits_that_it_was_judged_by(redis: Redis) -> None:
     assert lease(redis).limits == AdmissionLimits(max_in_flight_fleet=6, max_kv_tokens_fleet=8)
 
 
+def test_limits_that_are_no_hash_bound_nothing(redis: Redis) -> None:
+    redis.set(keys.limits(QUEUE), "7")
+    put(redis, job("a"))
+    reply = lease(redis)
+    assert names(reply) == ["a"]
+    assert reply.limits == read_limits(redis, QUEUE) == AdmissionLimits()
+
+
 def test_limits_are_changed_one_by_one(redis: Redis) -> None:
     write_limits(redis, QUEUE, AdmissionLimits(max_in_flight=5, max_kv_tokens=7))
     update_limits(redis, QUEUE, {"max_kv_tokens": None, "ttft_sla_ms": 1500, "max_in_flight_fleet": 9})
