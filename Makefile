@@ -101,7 +101,7 @@ $(venv)/.bench: $(venv)/.installed
 	    --requirements pyproject.toml --extra bench
 	@touch $@
 
-bench-drain: $(venv)/.bench ## the drain controller over simulated fleets, with plots (DOCUMENTS, PLOTS): about 20 minutes
+bench-drain: $(venv)/.bench ## the drain controller over simulated fleets, with plots (DOCUMENTS, PLOTS): half an hour
 	@PYTHONPATH=tests:deploy DOCUMENTS=$(DOCUMENTS) PLOTS=$(PLOTS) $(python) tests/benchmarks/bench_drain.py
 
 clean: ## remove the virtual environment and everything built
