@@ -420,7 +420,19 @@ class Courier:
             return
         self.num_finished += 1
         self.num_tokens += outcome.num_prompt_tokens + len(outcome.token_ids)
-        self._intake.observe(job, len(outcome.token_ids))
+        if self._intake.observe(job, len(outcome.token_ids)):
+            self._reorder()
+
+    def _reorder(self) -> None:
+        """What waits for the engine, by what is known of its tasks by now."""
+        held = self.holdings.open
+
+        def expected_output(ready: Ready) -> float:
+            if ready.prompt_id not in held:
+                return ready.expected_output
+            return self._intake.expected_output(held[ready.prompt_id].job, ready.prompt.sampling.max_tokens)
+
+        self.pool.reorder(expected_output)
 
     def _learn(self) -> None:
         """What outputs to expect; nothing waits for it, so that whatever Redis says to it holds up nothing."""
@@ -430,6 +442,7 @@ class Courier:
         self._learned_at = now
         try:
             self._intake.learn()
+            self._reorder()
         except RedisError as error:
             logger.warning("Redis: %s; output lengths are exchanged later", one_line(str(error)))
 

@@ -70,7 +70,7 @@ class Intake:
         return Ready(
             prompt=prompt,
             num_blocks=engine.kv_cache.blocks_for(num_tokens, engine.card.max_num_batched_tokens or num_tokens),
-            expected_output=lengths.mean(job.task, max_tokens),
+            expected_output=self.expected_output(job, max_tokens),
             kv_tokens=kv_tokens,
         )
 
@@ -96,10 +96,17 @@ class Intake:
         """Queue -> task -> output tokens to reserve."""
         return {queue: lengths.reservations() for queue, lengths in self._lengths.items()}
 
-    def observe(self, job: LeasedJob, num_output_tokens: int) -> None:
-        """A document of a task has ended with so many tokens of output."""
-        if job.task:
-            self._lengths[job.queue].observe(job.task, num_output_tokens)
+    def expected_output(self, job: LeasedJob, max_tokens: int) -> float:
+        """Output tokens to expect of a job that may write `max_tokens`."""
+        return self._lengths[job.queue].mean(job.task, max_tokens)
+
+    def observe(self, job: LeasedJob, num_output_tokens: int) -> bool:
+        """A document of a task has ended with so many tokens of output.
+
+        Returns:
+            Whether what waits is to be ordered anew.
+        """
+        return bool(job.task) and self._lengths[job.queue].observe(job.task, num_output_tokens)
 
     @property
     def has_news(self) -> bool:

@@ -51,12 +51,19 @@ class ExpectedOutput:
         self._observed: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.replace(histograms or {})
 
-    def observe(self, task: str, num_output_tokens: int) -> None:
-        """A document finished. It counts at once here, and for others once it is sent (`take_observed`)."""
+    def observe(self, task: str, num_output_tokens: int) -> bool:
+        """A document finished. It counts at once here, and for others once it is sent (`take_observed`).
+
+        Returns:
+            Whether the task is known from now on, or from twice as many documents as when this last was true.
+        """
         bucket = min(bucket_of(num_output_tokens), _MAX_BUCKET)
         self._observed[task][bucket] += 1
-        self._histograms.setdefault(task, Counter())[bucket] += 1
+        histogram = self._histograms.setdefault(task, Counter())
+        histogram[bucket] += 1
         self._known.pop(task, None)
+        total = histogram.total()
+        return total >= _MIN_OBSERVED and total.bit_count() == 1
 
     @property
     def has_observed(self) -> bool:

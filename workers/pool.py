@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .engines.base import Prompt
 
@@ -65,6 +65,16 @@ class ReadyPool:
             self._num_put += 1
             self._num_tokens += ready.num_prompt_tokens
             self._changed.notify_all()
+
+    def reorder(self, expected_output: Callable[[Ready], float]) -> None:
+        """Orders what waits by what is expected of it now, each in its generation as before."""
+        with self._changed:
+            self._heap = [
+                (generation, -tokens, number, replace(ready, expected_output=tokens))
+                for generation, _, number, ready in self._heap
+                for tokens in [expected_output(ready)]
+            ]
+            heapq.heapify(self._heap)
 
     def take(self, gate: Callable[[Ready], bool]) -> list[Ready]:
         """Takes out, in order, what `gate` lets pass, up to the first that it doesn't: nobody overtakes that one."""

@@ -70,5 +70,5 @@ def arrival_order() -> Iterator[None]:
     def put_alike(self: ReadyPool, ready: Ready) -> None:
         put(self, replace(ready, expected_output=0.0))
 
-    with patch.object(ReadyPool, "put", put_alike):
+    with patch.object(ReadyPool, "put", put_alike), patch.object(ReadyPool, "reorder"):
         yield

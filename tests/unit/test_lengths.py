@@ -72,6 +72,12 @@ def test_until_enough_documents_are_known_it_is_max_tokens() -> None:
     assert expected.reserve("another", 500) == 500
 
 
+def test_news_is_that_a_task_is_known_and_each_doubling_since() -> None:
+    known = ExpectedOutput()
+    news = [number for number in range(1, 100) if known.observe("t", 10)]
+    assert news == [16, 32, 64]
+
+
 def test_what_was_observed_is_sent_once_and_counts_meanwhile() -> None:
     expected = learned([10] * 3 + [100])
     assert expected.take_observed() == {"t": {bucket_of(10): 3, bucket_of(100): 1}}

@@ -59,6 +59,16 @@ def test_a_short_one_is_passed_by_no_more_than_its_generation(expected: list[int
         assert position // generation == int(name) // generation
 
 
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=60), st.integers(1, 20))
+def test_a_new_order_is_that_of_prompts_put_anew(expected: list[tuple[int, int]], generation: int) -> None:
+    pool = filled(*(before for before, _ in expected), generation=generation)
+    pool.reorder(lambda each: expected[int(each.prompt_id)][1])
+
+    anew = filled(*(after for _, after in expected), generation=generation)
+    assert pool.take(lambda _: True) == anew.take(lambda _: True)
+    assert pool.num_tokens == 0
+
+
 def test_drained_prompts_come_in_order_of_arrival_and_leave_nothing() -> None:
     pool = filled(5, 9, 7)
 
@@ -74,7 +84,9 @@ def test_dropped_prompts_are_not_started() -> None:
     assert names(pool.take(lambda _: True)) == ["2", "0"]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["put", "take", "drop", "drain"]), st.integers(1, 50)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(["put", "take", "drop", "drain", "reorder"]), st.integers(1, 50)), max_size=60)
+)
 def test_nothing_is_lost_nor_there_twice_and_tokens_add_up(calls: list[tuple[str, int]]) -> None:
     pool, inside = ReadyPool(5), {}
     for number, (call, size) in enumerate(calls):
@@ -90,6 +102,8 @@ def test_nothing_is_lost_nor_there_twice_and_tokens_add_up(calls: list[tuple[str
             pool.drop(gone)
             for name in gone:
                 del inside[name]
+        elif call == "reorder":
+            pool.reorder(lambda each, size=size: float(int(each.prompt_id) % size))
         else:
             assert sorted(names(pool.drain())) == sorted(inside)
             inside.clear()
