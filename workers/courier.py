@@ -108,7 +108,7 @@ class Courier:
         self._incarnation = incarnation
         self._jobs_left = max_jobs
         # Prompts ready for the engine, and ids of prompts to abort in it.
-        self.pool = ReadyPool(generation=max(1, controller.in_flight_limit))
+        self.pool = ReadyPool(max_passes=controller.in_flight_limit)
         self.aborts: SimpleQueue[str] = SimpleQueue()
         self._mailbox: SimpleQueue[Message] = SimpleQueue()
         self.holdings = Holdings()

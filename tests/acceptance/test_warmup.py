@@ -37,7 +37,7 @@ def test_a_warm_worker_has_the_prefix_and_the_facts_of_its_engine(
     with WorkerProcess(server.url, tmp_path, name="v", **settings) as worker:
         wait_until(lambda: statuses(redis, job_ids) == ["finished"] * 3, "all are done")
         card = live_cards(redis, QUEUE)["v"]
-        shown = run("ingestq", "status", url=server.url).stdout
+        shown = " ".join(run("ingestq", "status", url=server.url).stdout.split())
 
     first = row(redis, job_ids[0]).usage
     assert first.cached_tokens >= 3 * 128
@@ -51,5 +51,5 @@ def test_a_warm_worker_has_the_prefix_and_the_facts_of_its_engine(
     assert "KV cache float32, 479349 tokens in 16384 blocks; prefill " in worker.output
     assert "the plan says" not in worker.output, "it is as planned"
     assert "1 shared prefixes cached" in worker.output
-    assert "KV cache float32, 479349 tokens, 16384 blocks, of 128 tokens" in shown
+    assert "KV cache float32, 479,349 tokens, 16,384 blocks of 128 tokens" in shown
     assert json.dumps(INSTRUCTION[:40]) not in worker.output

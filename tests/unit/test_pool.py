@@ -17,8 +17,8 @@ def ready(name: str, expected_output: float = 1.0, num_tokens: int = 10) -> Read
     return Ready(prompt=prompt, num_blocks=1, expected_output=expected_output, kv_tokens=16)
 
 
-def filled(*expected: float, generation: int = 100) -> ReadyPool:
-    pool = ReadyPool(generation)
+def filled(*expected: float, max_passes: int = 100) -> ReadyPool:
+    pool = ReadyPool(max_passes)
     for number, expected_output in enumerate(expected):
         pool.put(ready(str(number), expected_output))
     return pool
@@ -51,20 +51,36 @@ def test_the_gate_is_asked_once_for_each_that_passes_and_for_the_first_that_does
     assert asked == ["0", "1", "2"]
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(1, 20))
-def test_a_short_one_is_passed_by_no_more_than_its_generation(expected: list[int], generation: int) -> None:
-    order = names(filled(*expected, generation=generation).take(lambda _: True))
+@given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 3)), min_size=1, max_size=200), st.integers(0, 20))
+def test_a_short_one_is_passed_by_no_more_than_may_pass(puts: list[tuple[int, int]], max_passes: int) -> None:
+    pool, order = ReadyPool(max_passes), []
+    for number, (expected, num_taken) in enumerate(puts):
+        pool.put(ready(str(number), expected))
+        left = iter(range(num_taken))
+        order += names(pool.take(lambda _, left=left: next(left, None) is not None))
+    order += names(pool.take(lambda _: True))
 
     for position, name in enumerate(order):
-        assert position // generation == int(name) // generation
+        assert sum(int(other) > int(name) for other in order[:position]) <= max_passes
+
+
+def test_what_is_gone_is_not_kept() -> None:
+    pool = ReadyPool(3)
+    for number in range(1_000):
+        pool.put(ready(str(number), 1000 - number))
+        if number > 5:
+            passes = iter([True, False])
+            pool.take(lambda _, passes=passes: next(passes))
+    assert len(pool) == 6
+    assert len(pool._heap) <= 2 * 6 + 65
 
 
 @given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=60), st.integers(1, 20))
-def test_a_new_order_is_that_of_prompts_put_anew(expected: list[tuple[int, int]], generation: int) -> None:
-    pool = filled(*(before for before, _ in expected), generation=generation)
+def test_a_new_order_is_that_of_prompts_put_anew(expected: list[tuple[int, int]], max_passes: int) -> None:
+    pool = filled(*(before for before, _ in expected), max_passes=max_passes)
     pool.reorder(lambda each: expected[int(each.prompt_id)][1])
 
-    anew = filled(*(after for _, after in expected), generation=generation)
+    anew = filled(*(after for _, after in expected), max_passes=max_passes)
     assert pool.take(lambda _: True) == anew.take(lambda _: True)
     assert pool.num_tokens == 0
 
