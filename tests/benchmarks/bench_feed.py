@@ -58,7 +58,7 @@ MODEL, QUEUE = "tiny-gemma4", "ingest"
 MAX_IN_FLIGHT = 70
 
 # Of the mixture: documents, leased at most, whether the lengths of its tasks are known beforehand.
-ORDERS = [(300, 128, False), (300, 1024, True), (3_000, 128, False), (3_000, 1024, False)]
+ORDERS = [(300, 128, False), (300, 1024, False), (300, 1024, True), (3_000, 128, False), (3_000, 1024, False)]
 # Documents by which they are learned then.
 NUM_LEARNED = 300
 
