@@ -518,14 +518,17 @@ def test_an_idle_worker_goes_on_when_another_makes_room_in_the_fleet(
 ) -> None:
     update_limits(redis, LOW, {"max_kv_tokens_fleet": 1600})
     blocker = put(redis, [sized(1, prompt_tokens=100, max_tokens=1480)])
-    with worker_of(server, tmp_path, name="a", **SLOW):
+    with worker_of(server, tmp_path, name="a", **SLOW) as first:
         wait_until(lambda: in_flight(redis) == 1, "the fleet has little room left")
+        # From here on it leases nothing: the room that it makes is all for the other one.
+        first.signal(signal.SIGTERM)
+        wait_until(lambda: redis.hget(keys.worker("a"), "shutdown_requested_date"), "it takes no more")
         with worker_of(server, tmp_path, name="b", INGEST_MAX_IN_FLIGHT="2", **FAST):
             large = put(redis, [sized(i, prompt_tokens=700, max_tokens=4) for i in range(10, 20)])
             wait_until(lambda: "kv_fleet" in gates(redis, LOW, "b"), "the other one is told to wait")
             send_stop_job_command(redis, blocker[0], serializer=JSONSerializer)
             wait_until(lambda: set(statuses(redis, large)) == {"finished"}, "all end")
-    assert {row(redis, job_id).worker for job_id in large} >= {"b"}
+    assert {row(redis, job_id).worker for job_id in large} == {"b"}
     assert_nothing_is_left(redis)
 
 
